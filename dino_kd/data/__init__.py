@@ -1,0 +1,1 @@
+"""From a dataset spec string to batches of uint8 crops."""

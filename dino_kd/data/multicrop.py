@@ -1,0 +1,288 @@
+"""Multi-crop augmentation: draw the parameters of every crop, then render them.
+
+The recipe is DINO's (arXiv 2104.14294): resized crop, flip, colour jitter, grey, blur, solarize.
+Drawing and rendering are apart, so that another renderer can take the place of the PIL one, and
+the numbers depend on (seed, epoch, image) alone: never on worker, rank or where a run resumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+_WORD = 2**64
+_CROPS_KEY = 0x63726F7073  # "crops": keeps this stream apart from others of the same seed
+_TRIES = 10  # as torchvision's RandomResizedCrop
+_DRAWS = 2 * _TRIES + 14  # uniform numbers per crop, always all of them, in this layout:
+_AREA, _ASPECT = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES)
+_TOP, _LEFT, _H_FLIP, _V_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER = range(
+    2 * _TRIES, 2 * _TRIES + 10
+)
+_GRAY, _BLUR, _SIGMA, _SOLARIZE = range(2 * _TRIES + 10, _DRAWS)
+_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}  # PIL's filters are antialiased
+
+
+@dataclass(frozen=True)
+class CropPolicy:
+    """What may happen to a crop. Sizes are (height, width) in pixels; the defaults are DINO's.
+
+    `blur` and `solarize` are probabilities for the first global crop, the second, and the locals.
+    """
+
+    global_size: tuple[int, int] = (224, 224)
+    local_size: tuple[int, int] = (96, 96)
+    num_local_crops: int = 8
+    global_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    interpolation: str = "bicubic"  # or "bilinear"
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # turns of the colour circle
+    grayscale: float = 0.2
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize_threshold: int = 128
+
+
+@dataclass(frozen=True)
+class CropParams:
+    """Everything drawn for one crop; rendering it involves no chance."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width, pixels of the image
+    size: tuple[int, int]  # height, width of the result
+    interpolation: str
+    horizontal_flip: bool
+    vertical_flip: bool
+    jitter_order: tuple[str, ...]  # the order of the four colour changes; () for none
+    brightness: float  # factor
+    contrast: float  # factor
+    saturation: float  # factor
+    hue: float  # turns, -0.5..0.5
+    grayscale: bool
+    blur_sigma: float  # pixels of the crop; 0 for none
+    solarize_threshold: int | None  # levels from here up are inverted; none for no solarizing
+
+
+def crop_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of image `index` in `epoch`: Philox, keyed by seed, counted by the rest."""
+    return stream(_CROPS_KEY, seed, epoch, index)
+
+
+def stream(key: int, seed: int, *counter: int) -> np.random.Generator:
+    """An independent generator for each (key, seed, up to three counters); stable for good.
+
+    Philox is counter-based: the numbers of one counter never overlap another's.
+    """
+    first = np.array([0, *counter, *[0] * (3 - len(counter))], dtype=np.uint64)  # word 0 advances
+    words = np.array([seed % _WORD, key], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words, counter=first))
+
+
+def sample_crops(
+    policy: CropPolicy, height: int, width: int, rng: np.random.Generator
+) -> list[CropParams]:
+    """Draw the crops of one image of `height` x `width` pixels: two globals, then the locals.
+
+    Each crop uses a fixed number of draws, so one crop's outcome never moves the next one's.
+    Boxes follow torchvision's RandomResizedCrop: ten tries, then the largest central crop of an
+    allowed aspect ratio.
+    """
+    kinds = np.array([0, 1, *[2] * policy.num_local_crops])  # [S] global 1, global 2, local
+    draws = rng.random((len(kinds), _DRAWS))  # [S, 34]
+    boxes = _boxes(policy, height, width, kinds, draws)
+    jitters = draws[:, _JITTER] < policy.jitter
+    blurs = draws[:, _BLUR] < np.array(policy.blur)[kinds]
+    low, high = policy.blur_sigma
+    sigmas = np.where(blurs, low + draws[:, _SIGMA] * (high - low), 0.0)
+    solarizes = draws[:, _SOLARIZE] < np.array(policy.solarize)[kinds]
+    orders = (draws[:, _ORDER] * len(_ORDERS)).astype(np.int64)
+    columns = zip(
+        kinds.tolist(),
+        boxes.tolist(),
+        (draws[:, _H_FLIP] < policy.horizontal_flip).tolist(),
+        (draws[:, _V_FLIP] < policy.vertical_flip).tolist(),
+        jitters.tolist(),
+        orders.tolist(),
+        _around(1.0, policy.brightness, draws[:, _BRIGHTNESS]),
+        _around(1.0, policy.contrast, draws[:, _CONTRAST]),
+        _around(1.0, policy.saturation, draws[:, _SATURATION]),
+        _around(0.0, policy.hue, draws[:, _HUE]),
+        (draws[:, _GRAY] < policy.grayscale).tolist(),
+        sigmas.tolist(),
+        solarizes.tolist(),
+        strict=True,
+    )
+    return [
+        CropParams(
+            box=tuple(box),
+            size=policy.local_size if kind == 2 else policy.global_size,
+            interpolation=policy.interpolation,
+            horizontal_flip=h_flip,
+            vertical_flip=v_flip,
+            jitter_order=_ORDERS[order] if jitter else (),
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            grayscale=gray,
+            blur_sigma=sigma,
+            solarize_threshold=policy.solarize_threshold if solarize else None,
+        )
+        for kind, box, h_flip, v_flip, jitter, order, brightness, contrast, saturation, hue, gray,
+        sigma, solarize in columns
+    ]  # fmt: skip
+
+
+def _around(center: float, spread: float, draws: np.ndarray) -> list[float]:
+    return (center + (2 * draws - 1) * spread).tolist()
+
+
+def _boxes(
+    policy: CropPolicy, height: int, width: int, kinds: np.ndarray, draws: np.ndarray
+) -> np.ndarray:
+    """Crop boxes int64 [S, 4] as top, left, height, width."""
+    scales = np.array([policy.global_scale, policy.global_scale, policy.local_scale])[kinds]
+    low, high = scales[:, :1], scales[:, 1:]  # [S, 1]
+    areas = height * width * (low + draws[:, _AREA] * (high - low))  # [S, 10]
+    log_low, log_high = (math.log(ratio) for ratio in policy.aspect_ratio)
+    aspects = np.exp(log_low + draws[:, _ASPECT] * (log_high - log_low))  # [S, 10]
+    widths = np.rint(np.sqrt(areas * aspects)).astype(np.int64)
+    heights = np.rint(np.sqrt(areas / aspects)).astype(np.int64)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    rows = np.arange(len(kinds))
+    first = fits.argmax(axis=1)
+    box_heights, box_widths = heights[rows, first], widths[rows, first]
+    tops = (draws[:, _TOP] * (height - box_heights + 1)).astype(np.int64)
+    lefts = (draws[:, _LEFT] * (width - box_widths + 1)).astype(np.int64)
+    boxes = np.stack([tops, lefts, box_heights, box_widths], axis=1)
+    none_fits = ~fits.any(axis=1)
+    if none_fits.any():
+        boxes[none_fits] = _central_box(height, width, policy.aspect_ratio)
+    return boxes
+
+
+def _central_box(height: int, width: int, ratios: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The largest central box of an allowed aspect ratio."""
+    box_height, box_width = height, width
+    if width / height < ratios[0]:
+        box_height = max(1, round(width / ratios[0]))
+    elif width / height > ratios[1]:
+        box_width = max(1, round(height * ratios[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def render_crops(image: np.ndarray, params: list[CropParams]) -> list[np.ndarray]:
+    """Cut and colour the crops of one image, by PIL: the reference back-end.
+
+    Args:
+        image: uint8 [H, W, C].
+        params: One entry per crop, from `sample_crops`.
+
+    Returns:
+        One uint8 array [C, h, w] per crop, perhaps a view with other strides. Three channels are
+        RGB. Otherwise hue, saturation, grayscale and solarize are left out, and each band goes
+        through the rest by itself (contrast about the band's own mean).
+    """
+    channels = image.shape[2]
+    if channels == 3:
+        picture = Image.fromarray(image)
+        return [np.asarray(_render(picture, crop)).transpose(2, 0, 1) for crop in params]
+    bands = [Image.fromarray(np.ascontiguousarray(image[:, :, band])) for band in range(channels)]
+    return [np.stack([np.asarray(_render(band, crop)) for band in bands]) for crop in params]
+
+
+def _render(picture: Image.Image, crop: CropParams) -> Image.Image:
+    """One crop of a picture of mode RGB or L."""
+    top, left, height, width = crop.box
+    # Cut, then resize, as torchvision does: resize(box=...) would read pixels beyond the box.
+    picture = picture.crop((left, top, left + width, top + height))
+    picture = picture.resize((crop.size[1], crop.size[0]), _FILTERS[crop.interpolation])
+    if crop.horizontal_flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if crop.vertical_flip:
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    is_rgb = picture.mode == "RGB"
+    for change in crop.jitter_order:
+        picture = _jitter(picture, change, crop, is_rgb)
+    if crop.grayscale and is_rgb:
+        picture = picture.convert("L").convert("RGB")
+    if crop.blur_sigma > 0:
+        picture = picture.filter(ImageFilter.GaussianBlur(crop.blur_sigma))
+    if crop.solarize_threshold is not None and is_rgb:
+        table = [v if v < crop.solarize_threshold else 255 - v for v in range(256)]
+        picture = picture.point(table * 3)
+    return picture
+
+
+def _jitter(picture: Image.Image, change: str, crop: CropParams, is_rgb: bool) -> Image.Image:
+    if change == "brightness" and crop.brightness != 1:
+        return ImageEnhance.Brightness(picture).enhance(crop.brightness)
+    if change == "contrast" and crop.contrast != 1:
+        return ImageEnhance.Contrast(picture).enhance(crop.contrast)
+    if change == "saturation" and crop.saturation != 1 and is_rgb:
+        return ImageEnhance.Color(picture).enhance(crop.saturation)
+    if change == "hue" and crop.hue != 0 and is_rgb:
+        return _shift_hue(picture, crop.hue)
+    return picture
+
+
+def _shift_hue(picture: Image.Image, turns: float) -> Image.Image:
+    """Turn the colour circle; one look-up on the HSV picture, equal to torchvision's adjust_hue."""
+    shift = int(turns * 255)
+    same = list(range(256))
+    table = [(level + shift) % 256 for level in same]
+    return picture.convert("HSV").point(table + same + same).convert("RGB")
+
+
+@dataclass
+class Crops:
+    """The crops of a batch, as uint8: normalise them on the device.
+
+    Attributes:
+        global_crops: uint8 [G, B, C, H, W].
+        local_crops: uint8 [L, B, C, h, w]; L may be 0.
+    """
+
+    global_crops: torch.Tensor
+    local_crops: torch.Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Images in this batch, B."""
+        return self.global_crops.shape[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Crops:
+        """The same crops on `device`."""
+        return Crops(
+            self.global_crops.to(device, non_blocking=non_blocking),
+            self.local_crops.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Crops:
+        """The same crops in page-locked memory."""
+        return Crops(self.global_crops.pin_memory(), self.local_crops.pin_memory())
+
+    def chunk(self, n: int) -> list[Crops]:
+        """Split the images into `n` equal parts, as views. Raises ValueError if B % n != 0."""
+        if n < 1 or self.batch_size % n:
+            raise ValueError(f"{self.batch_size} images cannot be split into {n} equal parts")
+        size = self.batch_size // n
+        return [
+            Crops(self.global_crops[:, i : i + size], self.local_crops[:, i : i + size])
+            for i in range(0, self.batch_size, size)
+        ]

@@ -1,0 +1,70 @@
+"""A contact sheet of augmented crops, so that a person can judge the augmentation by eye."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dino_kd.data.multicrop import Crops
+from dino_kd.files import write_atomic
+
+_SHOWN_SIDE = 112  # crops smaller than this are enlarged by a whole number, pixel by pixel
+_GAP = 8
+_TEXT_HEIGHT = 22
+_BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
+
+
+def save_crop_picture(crops: Crops, path: str | Path, max_images: int = 8) -> None:
+    """Write a PNG: one row per image, its global crops and then its local ones, labelled.
+
+    Global and local crops are enlarged alike. Three channels are shown as RGB, one or two as
+    grey (the first band), more by their first three bands. Raises UserError when the disk is full.
+    """
+    groups = [("global", crops.global_crops), ("local", crops.local_crops)]
+    columns = [
+        (f"{name} {number + 1}", group[number, :max_images].cpu().numpy())
+        for name, group in groups
+        for number in range(len(group))
+    ]
+    rows = len(columns[0][1])
+    factor = max(1, round(_SHOWN_SIDE / max(crops.global_crops.shape[-2:])))
+    font = _font()
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = int(ruler.textlength(f"image {rows}", font)) + 2 * _GAP
+    widths = [
+        max(pixels.shape[-1] * factor, int(ruler.textlength(name, font)))
+        for name, pixels in columns
+    ]
+    row_height = max(pixels.shape[-2] for _, pixels in columns) * factor + _GAP
+    size = (margin + sum(widths) + _GAP * len(widths), _TEXT_HEIGHT + _GAP + rows * row_height)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    left = margin
+    for (name, pixels), width in zip(columns, widths, strict=True):
+        draw.text((left, _GAP // 2), name, _INK, font)
+        for row in range(rows):
+            top = _TEXT_HEIGHT + _GAP // 2 + row * row_height
+            sheet.paste(_picture(pixels[row], factor), (left, top))
+        left += width + _GAP
+    for row in range(rows):
+        top = _TEXT_HEIGHT + _GAP // 2 + row * row_height
+        draw.text((_GAP, top), f"image {row + 1}", _INK, font)
+    write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def _picture(pixels: np.ndarray, factor: int) -> Image.Image:
+    """One crop uint8 [C, h, w] as an RGB picture, each pixel `factor` wide."""
+    shown = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
+    picture = Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.load_default(size=14)
+    except (ImportError, TypeError):  # PIL without FreeType, or before 10.1: its fixed small font
+        return ImageFont.load_default()

@@ -1,0 +1,150 @@
+"""Processes that train together: detection, collectives, and their no-ops for a single process.
+
+The same command runs as plain `python` (no process group) and under torchrun (nccl or gloo).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dino_kd.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def process_group(device_name: str = "auto") -> Iterator[torch.device]:
+    """Join the process group that the launcher describes and yield this process's device.
+
+    Without RANK and WORLD_SIZE in the environment (plain python) no group is made. Raises
+    ConfigError when the device does not exist.
+    """
+    grouped = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)) if grouped else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if grouped and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if grouped and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` prefers CUDA, then Apple's MPS (single process only), then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and local_rank is None and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}"
+        ) from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = device.index if device.index is not None else (local_rank or 0)
+        if index >= count:
+            raise ConfigError(
+                f"device: {name!r} asks for CUDA device {index}, but PyTorch sees {count}; "
+                "use device=cpu, or start fewer processes"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: 'mps' is not available here; use device=cpu")
+    return device
+
+
+def is_grouped() -> bool:
+    """Whether a process group is running."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's global number, 0 when alone."""
+    return dist.get_rank() if is_grouped() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if is_grouped() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process arrives."""
+    if is_grouped():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; also returned."""
+    if is_grouped():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over processes, in place; also returned."""
+    return all_reduce_sum(tensor).div_(world_size())
+
+
+def agree_max(value: int) -> int:
+    """The largest `value` of all processes: how ranks agree to stop."""
+    if not is_grouped():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag)
+
+
+def broadcast(value: T) -> T:
+    """The main process's small Python value, on every process."""
+    if not is_grouped():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate ``[n_r, ...]`` of every rank, in rank order, to ``[sum n_r, ...]``.
+
+    Ranks may hold different numbers of rows, none included; nothing is padded in the result.
+    """
+    if not is_grouped():
+        return rows
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = rows.to(device).contiguous()
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(mine)], device=device))
+    longest = int(max(counts))
+    padded = mine.new_zeros((longest, *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    parts = [part[: int(n)] for part, n in zip(gathered, counts, strict=True)]
+    return torch.cat(parts).to(rows.device)
+
+
+def all_gather_objects(items: list[T]) -> list[T]:
+    """Concatenate the small Python lists of all ranks, in rank order."""
+    if not is_grouped():
+        return items
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

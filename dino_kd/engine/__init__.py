@@ -1,0 +1,1 @@
+"""The training engine: loop, schedules, optimisers, checkpoints, health, hooks."""

@@ -1,0 +1,89 @@
+"""Is the run learning? Label-free numbers and the sentences they justify.
+
+The cross-entropy splits into teacher entropy plus KL (arXiv 2104.14294, section 5.3): entropy at
+ln K is a uniform teacher, entropy at 0 one winning prototype, KL at 0 a student with nothing left
+to learn. RankMe is arXiv 2210.02885, equation 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def rankme(features: Tensor) -> Tensor:
+    """Effective rank of features ``[N, D]``: exp of the entropy of the singular values' shares.
+
+    Between 1 (all features on one line) and min(N, D). A float32 scalar on the CPU.
+    """
+    singular = torch.linalg.svdvals(features.detach().float().cpu())
+    shares = singular / singular.sum().clamp(min=1e-12)
+    return torch.exp(torch.special.entr(shares).sum())
+
+
+def perplexity(probs: Tensor) -> Tensor:
+    """exp(entropy) of the mean distribution of ``[N, K]``: how many prototypes are in use, 1..K."""
+    return torch.exp(torch.special.entr(probs.float().mean(0)).sum())
+
+
+class HealthMonitor:
+    """A hook that reads each row of metrics and warns once, in words, about each known failure.
+
+    Nothing is said in the first tenth of the run (at least 100 steps): every network starts
+    uniform.
+    """
+
+    def __init__(
+        self, warn: Callable[[str], None], *, num_prototypes: int, total_steps: int
+    ) -> None:
+        self.warn = warn
+        self.num_prototypes = num_prototypes
+        self.quiet_until = max(100, total_steps // 10)
+        self.said: set[str] = set()
+
+    def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
+        if row and done >= self.quiet_until:
+            for name, sentence in diagnose(row, done, self.num_prototypes).items():
+                if name not in self.said:
+                    self.said.add(name)
+                    self.warn(f"step {done}: {sentence}")
+        return {}
+
+
+def diagnose(row: dict[str, float], done: int, num_prototypes: int) -> dict[str, str]:
+    """Named findings for one row of metrics; empty when it looks healthy."""
+    findings: dict[str, str] = {}
+    ceiling = math.log(num_prototypes)
+    entropy = row.get("teacher_entropy", ceiling / 2)
+    if entropy > 0.98 * ceiling:
+        findings["uniform"] = (
+            f"the teacher is uniform (entropy {entropy:.2f}, its ceiling ln K is {ceiling:.2f}): "
+            "nothing is learned. Usual cures: a lower teacher.temp, a shorter "
+            "teacher.horizon_images, fewer head.num_prototypes, a higher optim.base_lr"
+        )
+    elif row.get("kl", 1.0) < 1e-3:
+        findings["no_kl"] = (
+            f"student and teacher agree completely (KL {row['kl']:.1e}): collapsed. "
+            "Usual cures: a lower optim.base_lr, stronger crops, a lower teacher.temp"
+        )
+    used = row.get("prototypes_used", math.inf)
+    if used < 2:
+        findings["one_prototype"] = (
+            f"one prototype takes everything (perplexity {used:.2f}): collapsed. "
+            "Usual cures: a lower teacher.center_momentum, a higher teacher.temp"
+        )
+    rank = row.get("rankme", math.inf)
+    if rank < 2:
+        findings["low_rank"] = (
+            f"all features lie on one line (RankMe {rank:.2f}): the backbone has collapsed"
+        )
+    skipped = row.get("skipped_steps", 0.0)
+    if skipped > 0.05 * done:
+        findings["skipped"] = (
+            f"{skipped:.0f} of {done} steps were skipped because loss or gradient was not finite. "
+            "Usual cures: optim.precision=bf16 or fp32, a lower optim.base_lr"
+        )
+    return findings

@@ -1,0 +1,147 @@
+"""Things that happen between steps without the loop knowing them.
+
+A hook is called after every step as ``hook(steps_done, task, row)``; `row` holds the metrics of
+that step when it is a logged one, else it is empty. What it returns is added to the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from torch import nn
+
+from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.images import BrokenImage
+from dino_kd.distributed import all_gather_objects
+from dino_kd.engine.schedules import is_time
+from dino_kd.engine.signals import StopFlag
+from dino_kd.features import extract_features
+from dino_kd.knn import knn_accuracy
+
+
+class KnnMonitor:
+    """Scores the teacher by weighted k-NN every so many steps, with `eval.knn`'s own functions.
+
+    Args:
+        bank, queries: labelled data sets; `queries` is never trained on.
+        every: steps between scores; the last step is always scored.
+        total_steps: length of the run.
+        k: neighbours.
+        max_images: at most this many images of each set are used, evenly spaced.
+        size, resize: evaluation transform, as in `extract_features`.
+        batch_size, num_workers: of the feature pass, per process.
+        precision: arithmetic of the feature pass.
+        say: receives one sentence per score.
+    """
+
+    def __init__(
+        self,
+        bank: ImageDataset,
+        queries: ImageDataset,
+        *,
+        every: int,
+        total_steps: int,
+        k: int,
+        max_images: int,
+        size: tuple[int, int],
+        resize: int | None,
+        batch_size: int,
+        num_workers: int,
+        precision: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.sets = (bank, queries)
+        self.every, self.total_steps, self.k, self.max_images = every, total_steps, k, max_images
+        self.extract_options = {
+            "size": size,
+            "resize": resize,
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "precision": precision,
+        }
+        self.say = say
+
+    def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
+        if not is_time(done, self.every, self.total_steps):
+            return {}
+        top1 = self.score(task.teacher["backbone"])  # type: ignore[index, union-attr]
+        self.say(f"step {done}: k-NN (k={self.k}) of the teacher {top1:.2f} %")
+        return {"knn_top1": top1}
+
+    def score(self, backbone: nn.Module) -> float:
+        """Top-1 in percent."""
+        device = next(backbone.parameters()).device
+        banks = []
+        with torch.random.fork_rng(devices=[]):
+            for dataset in self.sets:
+                chosen = evenly_spaced(len(dataset), self.max_images)
+                banks.append(
+                    extract_features(
+                        backbone.eval(),
+                        dataset,
+                        indices=chosen,
+                        device=device,
+                        **self.extract_options,
+                    )
+                )
+        backbone.train(was_training)
+        bank, queries = banks
+        result = knn_accuracy(
+            queries.features, queries.labels, bank.features, bank.labels, ks=[self.k]
+        )
+        return next(iter(result.values()))["top1"]
+
+
+class BrokenImages:
+    """Collects broken images on all processes, lists them, and stops the run when there are many.
+
+    `record` is called where batches are taken; the hook exchanges what was found every
+    `log_every` steps, so that all processes count the same.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[list[BrokenImage]], None],
+        stop: StopFlag,
+        *,
+        num_images: int,
+        max_share: float,
+        log_every: int,
+        known: Iterable[str] = (),
+    ) -> None:
+        self.write, self.stop = write, stop
+        self.num_images, self.max_share, self.log_every = num_images, max_share, log_every
+        self.paths: set[str] = set(known)
+        self.new: list[BrokenImage] = []
+
+    def record(self, found: Iterable[BrokenImage]) -> None:
+        """Remember what this process found."""
+        self.new.extend(found)
+
+    def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
+        if done % self.log_every:
+            return {}
+        unseen = {b.path: b for b in all_gather_objects(self.new) if b.path not in self.paths}
+        self.new = []
+        self.paths.update(unseen)
+        self.write(list(unseen.values()))
+        if self.too_many():
+            self.stop.request(self.verdict())
+        return {"broken_images": float(len(self.paths))} if row else {}
+
+    def verdict(self) -> str:
+        """The sentence that ends a run with too many broken images."""
+        return (
+            f"{len(self.paths)} of {self.num_images} images cannot be read, more than "
+            f"data.max_broken_share={self.max_share}; see broken_images.txt in the run directory"
+        )
+
+    def too_many(self) -> bool:
+        """Whether that sentence is true."""
+        return len(self.paths) > self.max_share * self.num_images
+
+
+def evenly_spaced(count: int, at_most: int) -> np.ndarray:
+    """Up to `at_most` different indices from 0 to count - 1; class folders stay balanced."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))

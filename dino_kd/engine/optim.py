@@ -1,0 +1,86 @@
+"""Parameter groups, optimisers and gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dino_kd.errors import unknown_name
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
+# Parameters that are positions or single tokens rather than maps; compared with the name's last part.
+_TOKEN_NAMES = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "latent"}
+
+
+def parameter_groups(module: nn.Module, last_layer: Iterable[nn.Parameter] = ()) -> list[dict]:
+    """Trainable parameters in up to three groups: decayed, not decayed, and the last layer.
+
+    Biases, norms and everything else with at most one dimension larger than 1, and position and
+    class tokens, get no weight decay. The last layer's group carries ``is_last_layer`` so that it
+    can be frozen for the first steps.
+    """
+    last = {id(p) for p in last_layer}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    prototypes: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in last:
+            prototypes.append(parameter)
+        elif parameter.squeeze().ndim <= 1 or name.rpartition(".")[2] in _TOKEN_NAMES:
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "has_weight_decay": True, "is_last_layer": False},
+        {"params": plain, "has_weight_decay": False, "is_last_layer": False},
+        {"params": prototypes, "has_weight_decay": True, "is_last_layer": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    name: str, groups: list[dict], *, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.999), SGD or LARS. Learning rate and decay come from `apply_values`."""
+    if name == "adamw":
+        fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=fused)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
+    if name == "lars":
+        from timm.optim import Lars
+
+        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
+    raise unknown_name("optimiser", name, OPTIMIZERS, "optim.name")
+
+
+def apply_values(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> None:
+    """Set this step's learning rate and weight decay on every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = values["lr"]
+        group["weight_decay"] = values["weight_decay"] if group["has_weight_decay"] else 0.0
+
+
+def drop_frozen_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Forget the last layer's gradients: it stays where it is, and AdamW keeps no moments of it."""
+    for group in optimizer.param_groups:
+        if group["is_last_layer"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `max_norm` (0: leave them).
+
+    Returns the norm before clipping as a scalar tensor; reading it is the caller's business, so
+    that nothing here waits for the device.
+    """
+    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

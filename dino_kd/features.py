@@ -1,0 +1,182 @@
+"""From a backbone and labelled or unlabelled images to a bank of features.
+
+Used by the offline evaluators and by the k-NN monitor during training: one code path for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.images import BrokenImage
+from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.distributed import all_gather_objects, all_gather_rows, rank, world_size
+from dino_kd.errors import DataError
+from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
+
+
+@dataclass
+class FeatureBank:
+    """Features of a set of images, on the CPU, complete on every process.
+
+    Attributes:
+        features: float32 ``[N, D]``, as the network gives them (not normalised).
+        labels: int64 ``[N]``, None when the dataset has none.
+        indices: int64 ``[N]``, positions in the dataset, in the order that was asked for.
+        broken: images that could not be read; they have no row.
+    """
+
+    features: Tensor
+    labels: Tensor | None
+    indices: Tensor
+    broken: list[BrokenImage] = field(default_factory=list)
+
+
+def extract_features(
+    backbone: Backbone,
+    dataset: ImageDataset,
+    *,
+    size: int | Sequence[int],
+    resize: int | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    indices: Sequence[int] | None = None,
+) -> FeatureBank:
+    """One forward pass per image, in eval mode and without gradients.
+
+    Under torchrun each process takes one contiguous share; no image is padded or counted twice,
+    and every process returns the whole bank.
+
+    Args:
+        backbone: on `device`; its training mode is restored afterwards.
+        dataset: images, in dataset order unless `indices` says otherwise.
+        size: pixels of the network's input, one side or (height, width).
+        resize: pixels of the shorter side before the centre crop; None: `default_resize`.
+        batch_size: images per forward pass and process.
+        num_workers: loader processes per process.
+        device: where the network is.
+        precision: "fp32" or "bf16" (autocast); the bank is float32 in both.
+        indices: which images; None: all.
+
+    Raises:
+        ConfigError: `size` does not fit the network's patch.
+        DataError: no image could be read.
+    """
+    size = as_size(size)
+    check_input_size(backbone, size, where="image_size")
+    device = torch.device(device)
+
+    def forward(images: Tensor) -> Tensor:
+        images = backbone.preprocess(images.to(device, non_blocking=True))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            return backbone(images)  # [B, D]
+
+    with torch.no_grad(), _evaluation_mode(backbone, device, precision):
+        return _collect(
+            forward,
+            backbone.embed_dim,
+            dataset,
+            EvalTransform(size, resize or default_resize(size)),
+            indices,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+        )
+
+
+def pixel_features(
+    dataset: ImageDataset,
+    *,
+    size: int | Sequence[int],
+    channels: int = 3,
+    resize: int | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    indices: Sequence[int] | None = None,
+) -> FeatureBank:
+    """The images themselves as features: pixels in 0..1, ``[N, channels * height * width]``.
+
+    Arguments and errors as `extract_features`.
+    """
+    size = as_size(size)
+    return _collect(
+        lambda images: images.flatten(1).float() / 255,
+        channels * size[0] * size[1],
+        dataset,
+        EvalTransform(size, resize or default_resize(size)),
+        indices,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+
+
+def default_resize(size: int | Sequence[int]) -> int:
+    """Shorter side in pixels before the centre crop: the crop itself up to 64 px, else 8/7 of it.
+
+    224 gives the usual 256. For crops that are not square the longer side counts.
+    """
+    side = max(as_size(size))
+    return side if side <= 64 else round(side * 8 / 7)
+
+
+def _collect(
+    forward: Callable[[Tensor], Tensor],
+    width: int,
+    dataset: ImageDataset,
+    transform: EvalTransform,
+    indices: Sequence[int] | None,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> FeatureBank:
+    """Run `forward` over this process's share of the images and gather all shares."""
+    wanted = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+    share = np.array_split(wanted, world_size())[rank()]
+    broken: list[BrokenImage] = []
+    features, kept = [torch.zeros(0, width)], [torch.zeros(0, dtype=torch.int64)]
+    for images, positions in image_batches(
+        dataset,
+        share,
+        transform,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        on_broken=broken.append,
+    ):
+        features.append(forward(images).float().cpu())
+        kept.append(positions)
+    all_indices = all_gather_rows(torch.cat(kept))
+    if len(all_indices) == 0:
+        raise DataError(f"{dataset.spec}: none of its {len(wanted)} images could be read")
+    labels = None if dataset.labels is None else torch.as_tensor(dataset.labels)[all_indices]
+    return FeatureBank(
+        all_gather_rows(torch.cat(features)), labels, all_indices, all_gather_objects(broken)
+    )
+
+
+@contextlib.contextmanager
+def _evaluation_mode(backbone: Backbone, device: torch.device, precision: str) -> Iterator[None]:
+    """Eval mode and the attention for this precision; what was set before comes back."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    fused = [(m, m.fused_attn) for m in backbone.modules() if hasattr(m, "fused_attn")]
+    backbone.eval()
+    attention_backend(
+        backbone, device.type, torch.bfloat16 if precision == "bf16" else torch.float32
+    )
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, was_fused in fused:
+            module.fused_attn = was_fused

@@ -1,0 +1,66 @@
+"""Write files so that a crash, a kill or a full disk never destroys what was there before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dino_kd.errors import UserError
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary_path)``, sync it, and rename it onto `path`.
+
+    Raises UserError in plain words when the disk is full; the old file is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace `path` by `text`, atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    """The sentence for a failed write."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space or choose another run_dir",
+        errno.EDQUOT: "your disk quota is used up; free some space or choose another run_dir",
+        errno.EACCES: "you may not write there; choose another run_dir",
+        errno.EROFS: "the file system is read-only; choose another run_dir",
+    }
+    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    return UserError(f"cannot write {path}: {reason}. What was saved before is untouched.")

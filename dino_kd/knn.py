@@ -1,0 +1,160 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, DINO's protocol).
+
+One exact search serves every k, and memory stays bounded whatever the number of images or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TOP = 5  # ranked classes that are kept; top-5 means the first five of them
+
+Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def search(
+    queries: Tensor, bank: Tensor, k: int, *, query_chunk: int = 256, bank_chunk: int = 65536
+) -> tuple[Tensor, Tensor]:
+    """The k most similar bank rows of every query: exact, by cosine, in float32.
+
+    Working memory is about ``8 * query_chunk * bank_chunk`` bytes plus one normalised bank chunk.
+    Equal similarities are ordered by lower index first; which of several equal rows at place k
+    is still among the k is left to `torch.topk`, and the same on every run.
+
+    Args:
+        queries: ``[Q, D]``, any length and dtype.
+        bank: ``[M, D]`` on the same device.
+        k: neighbours, at most M.
+        query_chunk: queries compared at once.
+        bank_chunk: bank rows compared at once.
+
+    Returns:
+        similarity ``[Q, k]`` float32 in -1..1, descending, and index ``[Q, k]`` int64.
+    """
+    assert 1 <= k <= len(bank), "callers clamp k to the size of the bank"
+    best = torch.full((len(queries), k), -torch.inf, device=queries.device)  # [Q, k]
+    index = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)  # [Q, k]
+    for start in range(0, len(bank), bank_chunk):
+        columns = F.normalize(bank[start : start + bank_chunk].float(), dim=-1)  # [m, D]
+        for rows in _chunks(len(queries), query_chunk):
+            cosine = F.normalize(queries[rows].float(), dim=-1) @ columns.T  # [q, m]
+            near, place = cosine.topk(min(k, cosine.shape[1]), dim=-1)
+            near, place = (
+                torch.cat([best[rows], near], 1),
+                torch.cat([index[rows], place + start], 1),
+            )
+            best[rows], chosen = near.topk(k, dim=-1)
+            index[rows] = place.gather(1, chosen)
+    return order_ties(best, index)
+
+
+def order_ties(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort neighbours ``[Q, k]`` by descending similarity, then ascending index."""
+    index, order = index.sort(dim=-1)
+    similarity, by_similarity = similarity.gather(1, order).sort(
+        dim=-1, descending=True, stable=True
+    )
+    return similarity, index.gather(1, by_similarity)
+
+
+@torch.no_grad()
+def vote(
+    similarity: Tensor,
+    neighbour_labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    *,
+    chunk_elements: int = 2**24,
+) -> dict[int, Tensor]:
+    """Rank classes by the weighted votes of the nearest neighbours, for several k at once.
+
+        score[q, y] = sum over the k nearest i with label y of exp(similarity[q, i] / temperature)
+
+    Args:
+        similarity: ``[Q, K]`` descending.
+        neighbour_labels: ``[Q, K]`` in 0..num_classes-1.
+        num_classes: Y.
+        ks: neighbours that vote, each at most K.
+        temperature: above 0; small values let the nearest decide.
+        chunk_elements: queries times classes held at once.
+
+    Returns:
+        for every k the ``[Q, min(5, Y)]`` best classes, best first, the lower class first among
+        equals; -1 where fewer classes have a vote.
+    """
+    wanted = sorted(set(ks))
+    ranked: dict[int, list[Tensor]] = {k: [] for k in wanted}
+    for rows in _chunks(len(similarity), max(1, chunk_elements // num_classes)):
+        near, labels = similarity[rows].double(), neighbour_labels[rows]
+        # Relative to the nearest neighbour: the same ranking, and no overflow at any temperature.
+        weights = torch.exp((near - near[:, :1]) / temperature).clamp_min(1e-300)
+        scores = weights.new_zeros(len(labels), num_classes)  # [q, Y]
+        counted = 0
+        for k in wanted:
+            scores.scatter_add_(1, labels[:, counted:k], weights[:, counted:k])
+            counted = k
+            ranked[k].append(_best_classes(scores))
+    return {k: torch.cat(parts) for k, parts in ranked.items()}
+
+
+def _best_classes(scores: Tensor) -> Tensor:
+    """``[q, min(5, Y)]`` classes by score; -1 for classes without a vote."""
+    best, classes = scores.topk(min(TOP, scores.shape[1]), dim=-1)
+    best, classes = order_ties(best, classes)
+    return classes.masked_fill(best <= 0, -1)
+
+
+@torch.no_grad()
+def knn_accuracy(
+    queries: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    search: Search = search,
+) -> dict[int, dict[str, float]]:
+    """Accuracy of the weighted vote for several k, from one search.
+
+    Args:
+        queries: ``[Q, D]`` features that are scored.
+        query_labels: ``[Q]`` integers; classes absent from the bank count as errors.
+        bank: ``[M, D]`` features that vote.
+        bank_labels: ``[M]`` integers, any values.
+        ks: neighbours.
+        temperature: of the vote.
+        search: `search` or another exact back-end with its signature.
+
+    Returns:
+        ``{k: {"top1": percent, "top5": percent}}``; top5 is top-Y for Y < 5 classes. A k larger
+        than the bank votes with the whole bank and has a third entry ``"clamped_to": M``.
+    """
+    clamped = {k: min(k, len(bank)) for k in ks}
+    similarity, index = search(queries, bank, max(clamped.values()))
+    # Classes are renumbered 0..Y-1, so that label values cost no memory.
+    classes, compact = torch.unique(bank_labels.to(index.device), return_inverse=True)
+    ranked = vote(similarity, compact[index], len(classes), list(clamped.values()), temperature)
+    truth = query_labels.to(index.device)[:, None]
+    result: dict[int, dict[str, float]] = {}
+    for k, used in clamped.items():
+        places = ranked[used]  # [Q, min(5, Y)]
+        hits = (classes[places.clamp_min(0)] == truth) & (places >= 0)
+        result[k] = {
+            "top1": 100.0 * hits[:, 0].double().mean().item(),
+            "top5": 100.0 * hits.any(dim=1).double().mean().item(),
+        }
+        if used < k:
+            result[k]["clamped_to"] = used
+    return result
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)

@@ -1,0 +1,1 @@
+"""Objectives as pure functions of tensors; running state only in small modules."""

@@ -1,0 +1,1 @@
+"""Networks: the backbone over timm, the DINO head, the EMA update."""

@@ -1,0 +1,146 @@
+"""What `auto` means: values that fit the data set's size and the length of the run.
+
+Published ImageNet settings assume a million images. On ten thousand, an EMA memory of 256,000
+images never leaves the random start and 65,536 prototypes outnumber the images.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dino_kd.errors import ConfigError, DataError
+from dino_kd.lengths import in_steps
+from dino_kd.schema import PretrainConfig
+
+# Data sets of fewer images than the first number use the second as K.
+_PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
+_FULL_PROTOTYPES = 65_536
+_PUBLISHED_HORIZON = 256_000  # images: batch 1024, momentum 0.996
+_SHORTEST_HORIZON_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths in optimiser steps, resolved against the data set."""
+
+    num_images: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup: int
+    temp_warmup: int
+    freeze_last_layer: int
+    save_every: int
+    monitor_every: int
+    peak_lr: float
+
+    def describe(self) -> str:
+        """One sentence for the log."""
+        epochs = self.total_steps / self.steps_per_epoch
+        return (
+            f"{self.num_images:,} images, {self.steps_per_epoch:,} steps an epoch, "
+            f"{self.total_steps:,} steps in all ({epochs:.1f} epochs); "
+            f"warm-up {self.warmup:,}, last layer fixed for {self.freeze_last_layer:,}, "
+            f"peak learning rate {self.peak_lr:.3g}"
+        )
+
+
+def make_plan(settings: PretrainConfig, num_images: int, world_size: int) -> Plan:
+    """Turn every length into steps. Raises DataError or ConfigError when the run cannot work."""
+    optim = settings.optim
+    if num_images < optim.batch_size:
+        raise DataError(
+            f"data.train: {settings.data.train} has {num_images} images, fewer than "
+            f"optim.batch_size={optim.batch_size}; set optim.batch_size to at most {num_images}"
+        )
+    parts = world_size * optim.accumulate
+    if optim.batch_size % parts:
+        raise ConfigError(
+            f"optim.batch_size: {optim.batch_size} images do not divide into {world_size} "
+            f"processes x optim.accumulate={optim.accumulate}; use a multiple of {parts}"
+        )
+    steps_per_epoch = num_images // optim.batch_size
+    try:
+        total = in_steps(optim.length, steps_per_epoch=steps_per_epoch)
+    except ValueError as error:
+        raise ConfigError(f"optim.length: {error}") from None
+    if total < 1:
+        raise ConfigError(f"optim.length: {optim.length!r} is less than one step")
+
+    def steps(length: int | str) -> int:
+        return in_steps(length, steps_per_epoch=steps_per_epoch, total_steps=total)
+
+    warmup = steps(optim.warmup)
+    if warmup >= total:
+        raise ConfigError(
+            f"optim.warmup: {optim.warmup!r} is {warmup} steps, but the whole run has {total}; "
+            "use a share such as '10%'"
+        )
+    return Plan(
+        num_images=num_images,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        warmup=warmup,
+        temp_warmup=min(steps(settings.teacher.temp_warmup), total),
+        freeze_last_layer=min(steps(optim.freeze_last_layer), total),
+        save_every=max(1, steps(settings.log.save_every)),
+        monitor_every=max(1, steps(settings.monitor.every)),
+        peak_lr=optim.base_lr * optim.batch_size / optim.lr_batch,
+    )
+
+
+def resolve_auto(settings: PretrainConfig, plan: Plan) -> tuple[PretrainConfig, list[str]]:
+    """Replace every `auto` that shapes the result; returns the settings and a line for each."""
+    notes: list[str] = []
+    batch = settings.optim.batch_size
+    prototypes = settings.head.num_prototypes
+    if prototypes == "auto":
+        fitting = (k for limit, k in _PROTOTYPES if plan.num_images < limit)
+        prototypes = next(fitting, _FULL_PROTOTYPES)
+        notes.append(f"head.num_prototypes: {prototypes} (for {plan.num_images:,} images)")
+    horizon, momentum = settings.teacher.horizon_images, settings.teacher.momentum
+    if momentum == "auto":
+        if horizon == "auto":
+            tenth = plan.total_steps * batch // 10
+            horizon = max(min(_PUBLISHED_HORIZON, tenth), _SHORTEST_HORIZON_STEPS * batch)
+            notes.append(f"teacher.horizon_images: {horizon:,}")
+        momentum = max(0.0, 1 - batch / horizon)
+        notes.append(f"teacher.momentum: {momentum:.5f} (batch {batch} over the horizon)")
+    elif horizon != "auto":
+        raise ConfigError(
+            f"teacher.momentum={momentum} and teacher.horizon_images={horizon} both set the EMA; "
+            "leave one of them at auto"
+        )
+    teacher = settings.teacher.model_copy(update={"momentum": momentum, "horizon_images": "auto"})
+    head = settings.head.model_copy(update={"num_prototypes": prototypes})
+    return settings.model_copy(update={"teacher": teacher, "head": head}), notes
+
+
+def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
+    """Sentences about settings that run but are known to disappoint."""
+    warnings: list[str] = []
+    momentum = settings.teacher.momentum
+    horizon = settings.optim.batch_size / max(1 - float(momentum), 1e-9)
+    seen = plan.total_steps * settings.optim.batch_size
+    if horizon > seen / 2:
+        warnings.append(
+            f"the teacher averages over {horizon:,.0f} images but the run sees only {seen:,}; it "
+            "will hardly leave its random start. Set teacher.momentum=auto or a lower value"
+        )
+    if settings.teacher.temp > 0.075:
+        warnings.append(
+            f"teacher.temp={settings.teacher.temp} is in the range that collapsed in the paper's "
+            "ablation (0.08); 0.04 to 0.07 is usual"
+        )
+    return warnings
+
+
+def loader_processes(num_workers: int | str, processes_per_machine: int) -> int:
+    """`auto`: the cores of one training process less one, at most 16."""
+    if num_workers != "auto":
+        return int(num_workers)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        cores = os.cpu_count() or 1
+    return max(0, min(16, cores // processes_per_machine - 1))

@@ -1,0 +1,468 @@
+"""Learn a backbone from unlabelled images.
+
+    dino-kd pretrain pretrain/folder data.train=/my/photos run_dir=runs/photos
+    torchrun --nproc_per_node=8 -m dino_kd.pretrain pretrain/vits16_imagenet data.train=...
+
+Reads top to bottom: check everything, build, train, save.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dino_kd.config import changed_settings, dump_settings, load_settings
+from dino_kd.data.dataset import ImageDataset, require_labels
+from dino_kd.data.images import BrokenImage
+from dino_kd.data.loader import CropBatch, crop_batches
+from dino_kd.data.multicrop import CropPolicy, Crops
+from dino_kd.data.pictures import save_crop_picture
+from dino_kd.data.specs import make_dataset
+from dino_kd.distributed import broadcast, is_main_process, process_group, rank, world_size
+from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from dino_kd.engine.health import HealthMonitor
+from dino_kd.engine.hooks import BrokenImages, KnnMonitor
+from dino_kd.engine.loop import FitOptions, Hook, Progress, fit
+from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
+from dino_kd.engine.precision import DTYPES, choose_precision
+from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
+from dino_kd.engine.signals import StopFlag
+from dino_kd.errors import CheckpointError, ConfigError, DataError, Interrupted, unknown_name
+from dino_kd.files import write_atomic, write_text
+from dino_kd.models.backbone import Backbone, attention_backend
+from dino_kd.models.head import DINOHead
+from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto, warn_about
+from dino_kd.pretrained import backbone_from_settings, save_backbone
+from dino_kd.runlog import RunLog
+from dino_kd.schema import PretrainConfig
+from dino_kd.tasks.dino import DinoTask
+
+
+def main(argv: list[str]) -> int:
+    """`dino-kd pretrain [CONFIG] a.b=c ...`."""
+    pretrain(load_settings(PretrainConfig, argv, command="pretrain"))
+    return 0
+
+
+def pretrain(settings: PretrainConfig) -> Path:
+    """Run one pretraining from its settings to ``run_dir/backbone``; returns the run directory.
+
+    Every process of a torchrun job calls this.
+
+    Raises:
+        UserError: a wrong setting or data set (before the first step), too many broken images, a
+            full disk, divergence, or an interruption by a signal (after a checkpoint).
+    """
+    stop = StopFlag()
+    with stop.listening(), process_group(settings.device) as device, ExitStack() as cleanup:
+        # Check: nothing is written until all of this has passed.
+        precision = choose_precision(settings.optim.precision, device)
+        dataset = training_images(settings)
+        plan = make_plan(settings, len(dataset), world_size())
+        settings, notes = resolve_auto(settings, plan)
+        monitor_sets = monitor_images(settings)
+        task = build_task(settings).to(device)
+        attention_backend(task.student["backbone"], device.type, DTYPES[precision])
+        attention_backend(task.teacher["backbone"], device.type, DTYPES[precision])
+
+        # Open the run directory, new or continued.
+        run_dir = Path(settings.run_dir)
+        continued = is_continued(settings)
+        log = RunLog(
+            run_dir,
+            is_main=is_main_process(),
+            tensorboard=settings.log.tensorboard,
+            tracker=settings.log.tracker,
+        )
+        cleanup.callback(log.close)
+        log.lock()
+        refuse_changes(settings, run_dir, continued)
+        if is_main_process():
+            write_text(run_dir / "config.yaml", dump_settings(settings))
+        log.write_environment({"device": str(device), "precision": precision})
+        for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
+            log.say(line)
+        for line in warn_about(settings, plan):
+            log.warn(line)
+
+        # Build what trains.
+        head: DINOHead = task.student["head"]
+        groups = parameter_groups(task.student, head.prototype_parameters())
+        optimizer = make_optimizer(
+            settings.optim.name, groups, momentum=settings.optim.sgd_momentum
+        )
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        progress = Progress()
+        if continued:
+            progress = restore(run_dir, task, optimizer, scaler, plan, log)
+        log.drop_from(progress.step + 1)
+        broken = BrokenImages(
+            lambda found: log.broken([(b.path, b.reason) for b in found]),
+            stop,
+            num_images=len(dataset),
+            max_share=settings.data.max_broken_share,
+            log_every=settings.log.log_every,
+            known=known_broken(run_dir),
+        )
+        hooks: list[Hook] = [
+            HealthMonitor(
+                log.warn, num_prototypes=head.num_prototypes, total_steps=plan.total_steps
+            ),
+            broken,
+        ]
+        if monitor_sets:
+            hooks.append(knn_monitor(settings, plan, monitor_sets, task, precision, log))
+
+        def save(progress: Progress) -> None:
+            if is_main_process():
+                state = {
+                    "step": progress.step,
+                    "progress": progress.state_dict(),
+                    "task": task.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "num_images": plan.num_images,
+                }
+                keep = settings.log.keep_checkpoints
+                save_checkpoint(run_dir / "checkpoints", progress.step, state, keep=keep)
+                save_result(run_dir, task)
+
+        # Train.
+        batches = training_batches(settings, dataset, plan, progress.step, device)
+        cleanup.callback(batches.close)  # type: ignore[attr-defined]
+        progress = fit(
+            task,
+            picture_first(unpack(batches, broken), run_dir, progress.step),
+            optimizer,
+            make_schedules(settings, plan),
+            FitOptions(
+                total_steps=plan.total_steps,
+                batch_size=settings.optim.batch_size,
+                device=device,
+                precision=precision,
+                accumulate=settings.optim.accumulate,
+                clip_grad=settings.optim.clip_grad,
+                max_bad_steps=settings.optim.max_bad_steps,
+                seed=settings.seed,
+                log_every=settings.log.log_every,
+                save_every=plan.save_every,
+            ),
+            progress=progress,
+            scaler=scaler,
+            log=log,
+            save=save,
+            hooks=hooks,
+            stop=stop,
+        )
+        finish(settings, progress, broken, log)
+    return run_dir
+
+
+def training_images(settings: PretrainConfig) -> ImageDataset:
+    """The images to learn from; a sample of them is read, so that a wrong folder fails at once."""
+    data = settings.data
+    dataset = make_dataset(
+        data.train, channels=settings.model.in_chans, download=data.download, where="data.train"
+    )
+    root = Path(data.train.removeprefix("folder:")).expanduser()
+    if root.is_dir() and Path(settings.run_dir).resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"run_dir: {settings.run_dir} lies inside the training folder {root}, which would then "
+            "hold this run's own pictures; choose a folder outside it"
+        )
+    reasons = []
+    for index in {0, len(dataset) // 3, 2 * len(dataset) // 3, len(dataset) - 1}:
+        try:
+            dataset.read(index)
+            return dataset
+        except BrokenImage as error:
+            reasons.append(f"{error.path}: {error.reason}")
+    raise DataError(
+        f"data.train: none of {len(reasons)} sampled images can be read:\n" + "\n".join(reasons)
+    )
+
+
+def monitor_images(settings: PretrainConfig) -> tuple[ImageDataset, ImageDataset] | None:
+    """The labelled sets of the in-training k-NN, if both are set."""
+    monitor = settings.monitor
+    if monitor.train is None and monitor.test is None:
+        return None
+    if monitor.train is None or monitor.test is None:
+        raise ConfigError("monitor.train and monitor.test: give both or neither")
+    sets = []
+    for name, spec in (("monitor.train", monitor.train), ("monitor.test", monitor.test)):
+        dataset = make_dataset(
+            spec, channels=settings.model.in_chans, download=settings.data.download, where=name
+        )
+        require_labels(dataset, name)
+        sets.append(dataset)
+    return sets[0], sets[1]
+
+
+def build_task(settings: PretrainConfig) -> DinoTask:
+    """Student, teacher and centre, from the seed. Raises ConfigError when sizes do not fit."""
+    if settings.optim.name not in OPTIMIZERS:
+        raise unknown_name("optimiser", settings.optim.name, OPTIMIZERS, "optim.name")
+    for name in ("mean", "std"):
+        values = getattr(settings.data, name)
+        if values is not None and len(values) != settings.model.in_chans:
+            raise ConfigError(
+                f"data.{name}: {len(values)} numbers for model.in_chans={settings.model.in_chans}; "
+                "give one for each channel"
+            )
+    backbone = backbone_from_settings(settings.model, settings.crops, settings.data, settings.seed)
+    check_crop_sizes(settings, backbone)
+    head = DINOHead(
+        backbone.embed_dim,
+        int(settings.head.num_prototypes),
+        hidden_dim=settings.head.hidden_dim,
+        bottleneck_dim=settings.head.bottleneck_dim,
+        num_layers=settings.head.num_layers,
+        batch_norm=settings.head.batch_norm,
+        unit_prototypes=settings.head.unit_prototypes,
+    )
+    return DinoTask(
+        backbone,
+        head,
+        student_temp=settings.teacher.student_temp,
+        center_momentum=settings.teacher.center_momentum,
+        buffers=settings.teacher.buffers,
+    )
+
+
+def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
+    """Both crop sizes must be whole patches."""
+    patch = backbone.patch_size
+    if patch is None or not backbone.is_vit:
+        return
+    names = ["global_size"] + (["local_size"] if settings.crops.num_local_crops else [])
+    problems = []
+    for name in names:
+        for side in as_height_width(getattr(settings.crops, name)):
+            if side % patch:
+                below, above = side // patch * patch, (side // patch + 1) * patch
+                near = " or ".join(str(s) for s in (below, above) if s)
+                problems.append(
+                    f"crops.{name}: {side} px is not a multiple of the {patch} px patch of "
+                    f"{settings.model.backbone}; use {near}"
+                )
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One side or (height, width) as (height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def is_continued(settings: PretrainConfig) -> bool:
+    """Whether run_dir's run goes on; the main process looks, all agree. Raises on a conflict."""
+    run_dir = Path(settings.run_dir)
+    exists = broadcast((run_dir / "config.yaml").is_file())
+    if settings.resume is True and not exists:
+        raise CheckpointError(
+            f"resume=true, but {run_dir} holds no run; check run_dir, or start one without resume"
+        )
+    if settings.resume is False and exists:
+        saved = list_checkpoints(run_dir / "checkpoints")
+        state = f"last checkpoint {saved[0].name}" if saved else "no checkpoint yet"
+        raise ConfigError(
+            f"run_dir: {run_dir} already holds a run ({state}); add resume=true to continue it, or "
+            "choose another run_dir"
+        )
+    return exists
+
+
+def refuse_changes(settings: PretrainConfig, run_dir: Path, continued: bool) -> None:
+    """A continued run keeps every setting that shapes its result. Raises ConfigError with a diff."""
+    if not continued:
+        return
+    stored = load_settings(PretrainConfig, [str(run_dir / "config.yaml")], command="pretrain")
+    fixed = [
+        f"  {path}: {old!r} -> {new!r}"
+        for path, old, new, free in changed_settings(stored, settings)
+        if not free
+    ]
+    if fixed:
+        raise ConfigError(
+            f"these settings cannot change when {run_dir} is resumed (stored -> given):\n"
+            + "\n".join(fixed)
+            + "\nGive the stored values, or start a new run in another run_dir."
+        )
+
+
+def restore(
+    run_dir: Path,
+    task: DinoTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    plan: Plan,
+    log: RunLog,
+) -> Progress:
+    """Load the newest undamaged checkpoint into everything that trains."""
+    if not list_checkpoints(run_dir / "checkpoints"):
+        log.say(f"{run_dir} has no checkpoint yet: starting from step 0")
+        return Progress()
+    state, folder, warnings = load_checkpoint(run_dir / "checkpoints")
+    for line in warnings:
+        log.warn(line)
+    if state["num_images"] != plan.num_images:
+        raise DataError(
+            f"data.train: the run was started on {state['num_images']} images, now there are "
+            f"{plan.num_images}; the order of the data would change. Restore the data set, or "
+            "start a new run"
+        )
+    task.load_state_dict(state["task"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    log.say(f"resuming {folder} at step {state['step']:,} of {plan.total_steps:,}")
+    return Progress(**state["progress"])
+
+
+def make_schedules(settings: PretrainConfig, plan: Plan) -> dict[str, Schedule]:
+    """Every value that moves with the step."""
+    optim, teacher, total = settings.optim, settings.teacher, plan.total_steps
+    peak = plan.peak_lr
+
+    def main_part(steps: int) -> Schedule:
+        return (
+            cosine(peak, optim.min_lr, steps) if optim.lr_schedule == "cosine" else constant(peak)
+        )
+
+    return {
+        "lr": after_warmup(main_part, peak, plan.warmup, total),
+        "weight_decay": cosine(optim.weight_decay, optim.weight_decay_end, total),
+        "momentum": cosine(float(teacher.momentum), teacher.momentum_end, total),
+        "teacher_temp": linear(teacher.warmup_temp, teacher.temp, plan.temp_warmup),
+        "freeze_last_layer": switch(plan.freeze_last_layer),
+    }
+
+
+def crop_policy(settings: PretrainConfig) -> CropPolicy:
+    """The augmentation settings as plain values."""
+    values = settings.crops.model_dump(exclude={"preset"})
+    for name in ("global_size", "local_size"):
+        values[name] = as_height_width(values[name])
+    return CropPolicy(**values)
+
+
+def training_batches(
+    settings: PretrainConfig,
+    dataset: ImageDataset,
+    plan: Plan,
+    start_step: int,
+    device: torch.device,
+) -> Iterator[CropBatch]:
+    """This process's share of every batch from `start_step` on."""
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return crop_batches(
+        dataset,
+        crop_policy(settings),
+        batch_size=settings.optim.batch_size,
+        seed=settings.seed,
+        start_step=start_step,
+        total_steps=plan.total_steps,
+        rank=rank(),
+        world_size=world_size(),
+        num_workers=loader_processes(settings.data.num_workers, per_machine),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def unpack(batches: Iterator[CropBatch], broken: BrokenImages) -> Iterator[Crops]:
+    """The crops alone; broken images are reported on the way."""
+    for batch in batches:
+        broken.record(batch.broken)
+        yield batch.crops
+
+
+def picture_first(batches: Iterator[Crops], run_dir: Path, start_step: int) -> Iterator[Crops]:
+    """Save a picture of the first batch of a new run: what the network really sees."""
+    for number, crops in enumerate(batches):
+        if number == 0 and start_step == 0 and is_main_process():
+            save_crop_picture(crops, run_dir / "crops.png")
+        yield crops
+
+
+def knn_monitor(
+    settings: PretrainConfig,
+    plan: Plan,
+    sets: tuple[ImageDataset, ImageDataset],
+    task: DinoTask,
+    precision: str,
+    log: RunLog,
+) -> KnnMonitor:
+    """The hook that scores the teacher while it trains."""
+    backbone: Backbone = task.teacher["backbone"]
+    return KnnMonitor(
+        *sets,
+        every=plan.monitor_every,
+        total_steps=plan.total_steps,
+        k=settings.monitor.k,
+        max_images=settings.monitor.max_images,
+        size=backbone.img_size,
+        resize=None,
+        batch_size=256,
+        num_workers=loader_processes(settings.data.num_workers, world_size()),
+        precision="bf16" if precision == "bf16" else "fp32",
+        say=log.say,
+    )
+
+
+def known_broken(run_dir: Path) -> list[str]:
+    """Paths that an earlier life of this run listed as broken."""
+    listing = run_dir / "broken_images.txt"
+    if not listing.is_file():
+        return []
+    return [line.split("\t")[0] for line in listing.read_text(encoding="utf-8").splitlines()]
+
+
+def save_result(run_dir: Path, task: DinoTask) -> None:
+    """The teacher as a timm folder, and both heads beside it."""
+    save_backbone(task.teacher["backbone"], run_dir / "backbone")
+    heads = {
+        f"{branch}.{name}": tensor.detach().cpu().contiguous()
+        for branch in ("teacher", "student")
+        for name, tensor in getattr(task, branch)["head"].state_dict().items()
+    }
+    write_atomic(run_dir / "heads.safetensors", lambda path: save_file(heads, path))
+
+
+def describe_run(
+    settings: PretrainConfig, task: DinoTask, device: torch.device, precision: str
+) -> str:
+    """One sentence: what trains where."""
+    backbone: Backbone = task.student["backbone"]
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    head = sum(p.numel() for p in task.student["head"].parameters()) / 1e6
+    return (
+        f"{settings.model.backbone} ({millions:.1f} M parameters, features {backbone.embed_dim}) "
+        f"with a head of {head:.1f} M, on {world_size()} x {device.type} in {precision}"
+    )
+
+
+def finish(settings: PretrainConfig, progress: Progress, broken: BrokenImages, log: RunLog) -> None:
+    """Say how it ended. Raises DataError or Interrupted when it ended early."""
+    run_dir = settings.run_dir
+    if progress.stopped:
+        if broken.too_many():
+            raise DataError(broken.verdict())
+        raise Interrupted(
+            f"stopped after step {progress.step}: {progress.stopped}. Everything is saved; continue "
+            f"with: dino-kd pretrain {run_dir} resume=true"
+        )
+    log.say(f"done: {progress.step:,} steps; the backbone is in {run_dir}/backbone")
+    log.say(f"score it: dino-kd knn backbone={run_dir} train=LABELLED_IMAGES test=OTHER_IMAGES")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from dino_kd import cli
+
+    sys.exit(cli.run(main, sys.argv[1:]))

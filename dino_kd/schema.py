@@ -1,0 +1,410 @@
+"""Every setting of every command: name, type, default, unit, meaning. The one source for the
+YAML files, `a.b=c` overrides, `--help`, docs/config.md and the checks.
+
+Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`"5%"`).
+`"auto"` values are resolved from the data set's size when the run is built, and printed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from dino_kd.lengths import parse_length
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", free: bool = False, **rules: Any) -> Any:
+    """A field with its meaning and unit; `free` settings may change when a run is resumed."""
+    extra: dict[str, Any] = {"unit": unit, "free_on_resume": free}
+    return Field(default, description=meaning, json_schema_extra=extra, **rules)
+
+
+class Settings(BaseModel):
+    """Common rules: unknown keys are errors, values cannot change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class InWords(NamedTuple):
+    """Rides in a type's metadata: what the type accepts, for `--help` and error messages."""
+
+    accepted: str
+
+
+def _check_length(value: int | str) -> int | str:
+    parse_length(value)
+    return value
+
+
+def _check_interval(value: int | str) -> int | str:
+    if parse_length(value).amount == 0:
+        raise ValueError(f"expected more than 0, got {value!r}")
+    return value
+
+
+def _check_run_length(value: int | str) -> int | str:
+    if parse_length(value).unit == "%":
+        raise ValueError(
+            f"expected steps (500) or epochs ('10ep'), got {value!r}: "
+            "the run's own length cannot be a share of itself"
+        )
+    return _check_interval(value)
+
+
+def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
+    low, high = value
+    if low > high:
+        raise ValueError(f"the first number must not exceed the second, got {[low, high]}")
+    return value
+
+
+Auto = Literal["auto"]
+Text = Annotated[str, Field(min_length=1)]
+Length = Annotated[
+    int | str,
+    AfterValidator(_check_length),
+    InWords("steps (500), epochs ('10ep') or share ('5%')"),
+]
+Interval = Annotated[
+    int | str,
+    AfterValidator(_check_interval),
+    InWords("steps (500), epochs ('10ep') or share ('5%'), more than 0"),
+]
+RunLength = Annotated[
+    int | str, AfterValidator(_check_run_length), InWords("steps (500) or epochs ('10ep')")
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Size = Annotated[
+    PositiveInt | tuple[PositiveInt, PositiveInt],  # pixels
+    InWords("one side or [height, width], whole numbers > 0"),
+]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Range = Annotated[
+    tuple[PositiveFloat, PositiveFloat],
+    AfterValidator(_check_ascending),
+    InWords("[low, high], both > 0"),
+]
+ShareRange = Annotated[
+    tuple[PositiveShare, PositiveShare],
+    AfterValidator(_check_ascending),
+    InWords("[low, high], both > 0 and at most 1"),
+]
+CropShares = Annotated[
+    tuple[Share, Share, Share],  # first global crop, second global crop, local crops
+    InWords("[global 1, global 2, locals], each from 0 to 1"),
+]
+
+
+class DataSettings(Settings):
+    """Which images, and how they are read."""
+
+    train: Text = setting(
+        ...,
+        "Training images: a path or a dataset spec such as 'folder:/data' or 'cifar10:/data'.",
+        examples=["/path/to/pictures"],
+    )
+    download: bool = setting(
+        False, "Let torchvision download the data set when it is missing.", free=True
+    )
+    num_workers: Auto | Annotated[int, Field(ge=0)] = setting(
+        "auto",
+        "Loader processes per training process; auto: cores per process - 1, at most 16.",
+        free=True,
+    )
+    max_broken_share: Share = setting(
+        0.01, "Stop when more than this share of all images cannot be read.", free=True
+    )
+    mean: list[float] | None = setting(
+        None, "Channel means in 0..1 for normalisation; none: ImageNet's (0.5 if not RGB)."
+    )
+    std: list[PositiveFloat] | None = setting(
+        None, "Channel deviations in 0..1 for normalisation; none: ImageNet's (0.25 if not RGB)."
+    )
+
+
+class CropSettings(Settings):
+    """Multi-crop augmentation. `preset` fills in what is not given; the defaults are the
+    published recipe.
+    """
+
+    preset: Literal["published", "small", "non_rgb"] = setting(
+        "published",
+        "published: 2x224 + 8x96 as in the DINO paper; small: 2x32 + 4x16 without blur, for 32 px "
+        "images; non_rgb: no hue, saturation, grayscale or solarize, for in_chans != 3.",
+    )
+    global_size: Size = setting(224, "Side of the two global crops.", unit="px")
+    local_size: Size = setting(96, "Side of the local crops.", unit="px")
+    num_local_crops: Annotated[int, Field(ge=0, le=64)] = setting(
+        8, "Local crops per image; may be 0."
+    )
+    global_scale: ShareRange = setting(
+        (0.4, 1.0), "Area range of global crops.", unit="share of image"
+    )
+    local_scale: ShareRange = setting(
+        (0.05, 0.4), "Area range of local crops.", unit="share of image"
+    )
+    aspect_ratio: Range = setting((3 / 4, 4 / 3), "Range of width / height before resizing.")
+    interpolation: Literal["bicubic", "bilinear"] = setting("bicubic", "Filter for resizing.")
+    horizontal_flip: Share = setting(0.5, "Probability of a left-right flip.")
+    vertical_flip: Share = setting(0.0, "Probability of an upside-down flip.")
+    jitter: Share = setting(0.8, "Probability of colour jitter.")
+    brightness: Share = setting(0.4, "Brightness factor is drawn from 1 +- this.")
+    contrast: Share = setting(0.4, "Contrast factor is drawn from 1 +- this.")
+    saturation: Share = setting(0.2, "Saturation factor is drawn from 1 +- this.")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = setting(
+        0.1, "Hue shift is drawn from +- this.", unit="turns"
+    )
+    grayscale: Share = setting(0.2, "Probability of dropping the colour.")
+    blur: CropShares = setting((1.0, 0.1, 0.5), "Blur probability: global 1, global 2, locals.")
+    blur_sigma: Range = setting((0.1, 2.0), "Range of the blur's standard deviation.", unit="px")
+    solarize: CropShares = setting(
+        (0.0, 0.2, 0.0), "Solarize probability: global 1, global 2, locals."
+    )
+    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = setting(
+        128, "Levels from here up are inverted."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**CROP_PRESETS.get(values.get("preset", "published"), {}), **values}
+
+
+CROP_PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "small": {"global_size": 32, "local_size": 16, "num_local_crops": 4, "blur": (0.0, 0.0, 0.0)},
+    "non_rgb": {"saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "solarize": (0.0, 0.0, 0.0)},
+}
+
+
+class ModelSettings(Settings):
+    """The network to pretrain."""
+
+    backbone: Text = setting("vit_small_patch16_224", "Any timm model name, ViT or CNN.")
+    patch_size: PositiveInt | None = setting(
+        None, "ViT patch side; none: as the name says.", unit="px"
+    )
+    in_chans: PositiveInt = setting(
+        3, "Input channels: 1 grey, 3 RGB, others from .npy or multi-band files."
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.1, "Stochastic depth of the student; the teacher has none."
+    )
+    args: dict[str, Any] = setting(
+        {}, "Further keyword arguments of the timm model, such as depth or embed_dim."
+    )
+    init_from: Text | None = setting(
+        None,
+        "Start from this backbone: run directory, 'timm:NAME', 'local-dir:PATH' or a DINO "
+        "checkpoint file.",
+    )
+
+
+class HeadSettings(Settings):
+    """The DINO projection head."""
+
+    num_prototypes: Auto | PositiveInt = setting(
+        "auto", "Output width K; auto: 1024..65536 by data set size."
+    )
+    hidden_dim: PositiveInt = setting(2048, "Width of the hidden layers.")
+    bottleneck_dim: PositiveInt = setting(256, "Width of the L2-normalised bottleneck.")
+    num_layers: Annotated[int, Field(ge=1, le=8)] = setting(
+        3, "Linear layers before the prototypes."
+    )
+    batch_norm: bool = setting(False, "Batch norm in the hidden layers.")
+    unit_prototypes: bool = setting(
+        True, "Keep prototype vectors at length 1 (norm_last_layer); false: learn their lengths."
+    )
+
+
+class TeacherSettings(Settings):
+    """The EMA teacher and its targets."""
+
+    momentum: Auto | Annotated[float, Field(ge=0, le=1)] = setting(
+        "auto", "EMA coefficient at the start; auto: from horizon_images."
+    )
+    momentum_end: Share = setting(1.0, "EMA coefficient at the end of the cosine.")
+    horizon_images: Auto | PositiveInt = setting(
+        "auto",
+        "EMA memory B / (1 - momentum); auto: the smaller of 256,000 and 10 % of the run.",
+        unit="images",
+    )
+    buffers: Literal["own", "ema", "copy"] = setting(
+        "own",
+        "Batch-norm statistics of the teacher. own: it normalises by its batches and tracks them "
+        "itself; ema / copy: it runs in eval mode on the student's, averaged / copied.",
+    )
+    warmup_temp: PositiveFloat = setting(0.04, "Teacher temperature at step 0.")
+    temp: PositiveFloat = setting(
+        0.04, "Teacher temperature after the warm-up; 0.08 and more tends to collapse."
+    )
+    temp_warmup: Length = setting(
+        "30%", "Length of the linear temperature warm-up.", unit="steps, 'ep' or '%'"
+    )
+    center_momentum: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.9, "EMA coefficient of the centre."
+    )
+    student_temp: PositiveFloat = setting(0.1, "Student temperature.")
+
+
+class OptimSettings(Settings):
+    """Optimiser, schedules and length of the run."""
+
+    name: Text = setting("adamw", "adamw, sgd or lars.")
+    batch_size: PositiveInt = setting(
+        256, "Images per optimiser step, over all processes and micro-batches.", unit="images"
+    )
+    accumulate: PositiveInt = setting(
+        1, "Micro-batches per step; same result, less memory.", free=True
+    )
+    length: RunLength = setting("100ep", "Length of the run.", unit="steps or 'ep'")
+    base_lr: PositiveFloat = setting(
+        5e-4, "Peak learning rate per `lr_batch` images (linear rule)."
+    )
+    lr_batch: PositiveInt = setting(256, "Batch size that base_lr is meant for.", unit="images")
+    min_lr: Annotated[float, Field(ge=0)] = setting(1e-6, "Learning rate at the end of the cosine.")
+    lr_schedule: Literal["cosine", "constant"] = setting(
+        "cosine", "Shape of the learning rate after the warm-up."
+    )
+    warmup: Length = setting(
+        "10%", "Length of the linear learning-rate warm-up.", unit="steps, 'ep' or '%'"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = setting(0.04, "Weight decay at the start.")
+    weight_decay_end: Annotated[float, Field(ge=0)] = setting(
+        0.4, "Weight decay at the end of the cosine."
+    )
+    sgd_momentum: Annotated[float, Field(ge=0, lt=1)] = setting(0.9, "Momentum of sgd and lars.")
+    clip_grad: Annotated[float, Field(ge=0)] = setting(
+        3.0, "Largest global gradient norm; 0: no clipping."
+    )
+    freeze_last_layer: Length = setting(
+        "1%", "Prototypes stay fixed for this long.", unit="steps, 'ep' or '%'"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "Arithmetic; auto: bf16 where the hardware has it, else fp32."
+    )
+    max_bad_steps: PositiveInt = setting(
+        20, "Stop after this many non-finite steps in a row.", unit="steps", free=True
+    )
+
+
+class LogSettings(Settings):
+    """What is written while training."""
+
+    log_every: PositiveInt = setting(
+        10, "Write metrics every so many steps.", unit="steps", free=True
+    )
+    save_every: Interval = setting(
+        "5%",
+        "Write a checkpoint and the backbone this often.",
+        unit="steps, 'ep' or '%'",
+        free=True,
+    )
+    keep_checkpoints: PositiveInt = setting(2, "Checkpoints kept, newest first.", free=True)
+    tensorboard: bool = setting(
+        True, "Write TensorBoard files when tensorboard is installed.", free=True
+    )
+    tracker: Literal["none", "wandb", "mlflow"] = setting(
+        "none", "Also send the metrics to this tracker.", free=True
+    )
+
+
+class MonitorSettings(Settings):
+    """k-NN score of the teacher during training; off without `train` and `test`."""
+
+    train: Text | None = setting(None, "Labelled images that vote, as a dataset spec.", free=True)
+    test: Text | None = setting(
+        None, "Labelled images that are scored; never used for training.", free=True
+    )
+    every: Interval = setting("10%", "How often.", unit="steps, 'ep' or '%'", free=True)
+    k: PositiveInt = setting(20, "Neighbours.", free=True)
+    max_images: PositiveInt = setting(
+        10_000, "Use at most this many images of each set, evenly spaced.", unit="images", free=True
+    )
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> MonitorSettings:
+        if (self.train is None) != (self.test is None):
+            given, absent = ("train", "test") if self.test is None else ("test", "train")
+            raise ValueError(f"{given} is given and {absent} is not; the score needs both")
+        return self
+
+
+class PretrainConfig(Settings):
+    """`dino-kd pretrain`: learn a backbone from unlabelled images."""
+
+    run_dir: Text = setting(
+        ...,
+        "Folder of this run; everything it writes goes here.",
+        free=True,
+        examples=["runs/first"],
+    )
+    resume: Literal["auto"] | bool = setting(
+        False,
+        "true: continue the run in run_dir; auto: continue it if there is one; "
+        "false: start a new one.",
+        free=True,
+    )
+    seed: Annotated[int, Field(ge=0)] = setting(0, "Seeds weights, data order and augmentation.")
+    device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.", free=True)
+    data: DataSettings
+    crops: CropSettings = CropSettings()
+    model: ModelSettings = ModelSettings()
+    head: HeadSettings = HeadSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    optim: OptimSettings = OptimSettings()
+    log: LogSettings = LogSettings()
+    monitor: MonitorSettings = MonitorSettings()
+
+
+class KnnConfig(Settings):
+    """`dino-kd knn`: score a frozen backbone by weighted nearest neighbours."""
+
+    backbone: Text = setting(
+        ...,
+        "Run directory, 'local-dir:PATH', 'timm:NAME', a DINO or DINOv2 checkpoint file, or "
+        "'pixels' (the image itself, resized).",
+        examples=["runs/first"],
+    )
+    train: Text = setting(
+        ..., "Labelled images that vote, as a dataset spec.", examples=["/path/to/train"]
+    )
+    test: Text = setting(
+        ..., "Labelled images that are scored, as a dataset spec.", examples=["/path/to/test"]
+    )
+    branch: Literal["teacher", "student", "untrained"] = setting(
+        "teacher", "Which network of a run directory; untrained: the one it started from."
+    )
+    k: list[PositiveInt] = setting(
+        [1, 5, 10, 20, 50, 100, 200], "Neighbours; all from one search.", min_length=1
+    )
+    temperature: PositiveFloat = setting(0.07, "A vote weighs exp(cosine / temperature).")
+    search: Literal["torch", "faiss"] = setting(
+        "torch", "Exact search by torch or faiss; equal answers."
+    )
+    image_size: Size | None = setting(
+        None, "Side of the network's input; none: as it was trained.", unit="px"
+    )
+    resize: PositiveInt | None = setting(
+        None,
+        "Shorter side before the centre crop; none: 8/7 of image_size, or image_size up to 64 px.",
+        unit="px",
+    )
+    batch_size: PositiveInt = setting(256, "Images per forward pass and process.", unit="images")
+    num_workers: Auto | Annotated[int, Field(ge=0)] = setting("auto", "Loader processes.")
+    device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["auto", "bf16", "fp32"] = setting("fp32", "Arithmetic of the forward pass.")
+    download: bool = setting(False, "Let torchvision download the data set when it is missing.")
+    output: Text | None = setting(
+        None, "JSON file for the result; none: eval/knn_BRANCH.json in a run directory."
+    )
+
+
+COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}

@@ -1,0 +1,1 @@
+"""What `fit` trains: one Task object per objective."""

@@ -1,0 +1,122 @@
+"""DINO pretraining as a Task: student, EMA teacher, centre (arXiv 2104.14294, algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dino_kd.data.multicrop import Crops
+from dino_kd.engine.health import perplexity, rankme
+from dino_kd.losses.dino import Center, center_and_sharpen, dino_cross_entropy
+from dino_kd.models.backbone import Backbone
+from dino_kd.models.ema import update_teacher
+from dino_kd.models.head import DINOHead
+
+
+class DinoTask(nn.Module):
+    """The student learns from all crops to match the teacher, which sees the global crops only.
+
+    Args:
+        backbone: the student's network without head; the teacher starts as its copy.
+        head: the student's projection head, likewise.
+        student_temp: student temperature, fixed.
+        center_momentum: EMA coefficient of the centre.
+        buffers: what the teacher's batch-norm statistics are: "own" batches, or the student's
+            averaged ("ema") or copied ("copy"). See `update_teacher`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: DINOHead,
+        *,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        buffers: str = "own",
+    ) -> None:
+        super().__init__()
+        self.student = nn.ModuleDict({"backbone": backbone, "head": head})
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.center = Center(head.num_prototypes, center_momentum)
+        self.student_temp = student_temp
+        self.buffers = buffers
+        self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
+        self._statistics_before: list[Tensor] = []
+        self.train()
+
+    def train(self, mode: bool = True) -> DinoTask:
+        """The teacher is always in eval mode (no drop path), but with "own" batch-norm batches."""
+        super().train(mode)
+        self.teacher.eval()
+        if mode and self.buffers == "own":
+            for module in self.teacher.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train()
+        return self
+
+    def forward(self, crops: Crops, values: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch; reads ``values["teacher_temp"]`` and ``["measure"]``."""
+        self._remember_statistics()
+        groups = [crops.global_crops]
+        if len(crops.local_crops):
+            groups.append(crops.local_crops)
+        with torch.no_grad():
+            teacher_features = self._features("teacher", groups[:1])  # [G, B, D]
+            teacher_logits = self._logits("teacher", teacher_features)  # [G, B, K]
+            self.center.observe(teacher_logits)
+            teacher_probs = center_and_sharpen(
+                teacher_logits, self.center.center, values["teacher_temp"]
+            )  # [G, B, K]
+        student_features = self._features("student", groups)  # [S, B, D]
+        student_logits = self._logits("student", student_features)  # [S, B, K]
+        loss = dino_cross_entropy(student_logits, teacher_probs, self.student_temp)
+        if not values.get("measure"):
+            return loss, {}
+        entropy = torch.special.entr(teacher_probs).sum(-1).mean()
+        return loss, {
+            "teacher_entropy": entropy,
+            "kl": loss.detach() - entropy,
+            "prototypes_used": perplexity(teacher_probs.flatten(0, 1)),
+            "center_norm": self.center.center.norm(),
+            "rankme": rankme(teacher_features.flatten(0, 1)).to(loss.device),
+        }
+
+    @torch.no_grad()
+    def after_step(self, values: dict[str, float], skipped: bool) -> None:
+        """Move the teacher by ``values["momentum"]`` and the centre; undo what a skipped step left."""
+        if skipped:
+            self.center.discard()
+            self._restore_statistics()
+        else:
+            update_teacher(self.student, self.teacher, values["momentum"], self.buffers)
+            self.center.commit()
+        self._statistics_before = []
+
+    def _features(self, branch: str, groups: list[Tensor]) -> Tensor:
+        """Features ``[S, B, D]`` of uint8 crop groups ``[crops, B, C, h, w]``, one size a group."""
+        backbone: Backbone = getattr(self, branch)["backbone"]
+        features = []
+        for crops in groups:
+            cls = backbone(backbone.preprocess(crops.flatten(0, 1)))  # [crops * B, D]
+            features.append(cls.unflatten(0, crops.shape[:2]))
+        return torch.cat(features)
+
+    def _logits(self, branch: str, features: Tensor) -> Tensor:
+        """Head outputs ``[S, B, K]`` of features ``[S, B, D]``, all crops in one pass."""
+        head: DINOHead = getattr(self, branch)["head"]
+        return head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+    def _statistics(self) -> list[Tensor]:
+        """Batch-norm buffers, which a forward pass changes in place; none in a ViT."""
+        return [buffer for module in self._batch_norms for buffer in module.buffers()]
+
+    def _remember_statistics(self) -> None:
+        if self.training and not self._statistics_before:
+            self._statistics_before = [buffer.clone() for buffer in self._statistics()]
+
+    def _restore_statistics(self) -> None:
+        for buffer, before in zip(self._statistics(), self._statistics_before, strict=True):
+            buffer.copy_(before)

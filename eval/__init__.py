@@ -1,0 +1,1 @@
+"""Evaluators that score any frozen backbone; each is also a script."""

@@ -1,0 +1,1 @@
+"""Launch any command of the project as a job, locally or on Slurm."""

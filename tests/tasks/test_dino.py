@@ -1,0 +1,164 @@
+"""The DINO task: accumulation, skipped steps, batch norm, and a whole step against plain torch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from dino_kd.data.multicrop import Crops
+from dino_kd.engine.loop import FitOptions, Progress, fit
+from dino_kd.engine.optim import make_optimizer, parameter_groups
+from dino_kd.engine.signals import StopFlag
+from dino_kd.models.backbone import create_backbone
+from dino_kd.models.head import DINOHead
+from dino_kd.tasks.dino import DinoTask
+
+VALUES = {"teacher_temp": 0.04, "momentum": 0.9, "measure": 1.0}
+
+
+def make_task(buffers="own", name="vit_tiny_patch16_224", batch_norm=False):
+    torch.manual_seed(0)
+    args = {"depth": 2, "embed_dim": 24, "num_heads": 2} if name.startswith("vit") else None
+    patch = 4 if name.startswith("vit") else None
+    backbone = create_backbone(name, img_size=16, patch_size=patch, args=args)
+    head = DINOHead(
+        backbone.embed_dim, 32, hidden_dim=16, bottleneck_dim=8, num_layers=2, batch_norm=batch_norm
+    )
+    return DinoTask(backbone, head, buffers=buffers)
+
+
+def make_crops(batch, num_local=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(n, side):
+        shape = (n, batch, 3, side, side)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    return Crops(images(2, 16), images(num_local, 8))
+
+
+def train(task, batches, accumulate):
+    groups = parameter_groups(task.student, task.student["head"].prototype_parameters())
+    optimizer = make_optimizer("adamw", groups)
+
+    class Quiet:
+        numbers = warn = progress = staticmethod(lambda *a: None)
+
+    fit(
+        task,
+        iter(batches),
+        optimizer,
+        {
+            "lr": lambda s: 1e-3,
+            "weight_decay": lambda s: 0.1,
+            "momentum": lambda s: 0.9,
+            "teacher_temp": lambda s: 0.04,
+            "freeze_last_layer": lambda s: float(s == 0),
+        },
+        FitOptions(
+            len(batches), 64, torch.device("cpu"), accumulate=accumulate, clip_grad=3.0, log_every=1
+        ),
+        progress=Progress(),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        log=Quiet(),
+        save=lambda p: None,
+        stop=StopFlag(),
+    )
+
+
+def test_a_batch_of_64_equals_4_micro_batches_of_16():
+    """Student, teacher and centre after three optimiser steps."""
+    whole, split = make_task(), make_task()
+    batches = [make_crops(64, seed=s) for s in range(3)]
+    train(whole, batches, accumulate=1)
+    train(split, batches, accumulate=4)
+    before = make_task().state_dict()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    for name in ("student.backbone.net.blocks.0.mlp.fc1.weight", "center.center"):
+        assert (whole.state_dict()[name] - before[name]).abs().max() > 1e-3
+
+
+def test_teacher_and_center_move_by_their_momentum():
+    task = make_task()
+    crops = make_crops(8)
+    teacher_before = copy.deepcopy(task.teacher)
+    task(crops, VALUES)
+    with torch.no_grad():
+        for parameter in task.student.parameters():
+            parameter.add_(0.5)
+        backbone, head = teacher_before["backbone"], teacher_before["head"]
+        logits = head(backbone(backbone.preprocess(crops.global_crops.flatten(0, 1))))
+    task.after_step(VALUES, skipped=False)
+    torch.testing.assert_close(task.center.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
+    for name, old in teacher_before.named_parameters():
+        new = dict(task.teacher.named_parameters())[name]
+        student = dict(task.student.named_parameters())[name]
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * student)
+
+
+def test_the_teacher_gets_no_gradient_and_is_no_alias_of_the_student():
+    task = make_task()
+    loss, _ = task(make_crops(4), VALUES)
+    loss.backward()
+    assert all(p.grad is None for p in task.teacher.parameters())
+    assert all(p.grad is not None for p in task.student.parameters())
+    student = {p.data_ptr() for p in task.student.parameters()}
+    assert student.isdisjoint(p.data_ptr() for p in task.teacher.parameters())
+
+
+@pytest.mark.parametrize("buffers", ["own", "ema", "copy"])
+def test_a_skipped_step_leaves_teacher_center_and_batch_norm(buffers):
+    task = make_task(buffers, "resnet18_cifar", batch_norm=True)
+    task(make_crops(4), VALUES)
+    task.after_step(VALUES, skipped=False)
+    before = {k: v.clone() for k, v in task.state_dict().items()}
+    task(make_crops(4, seed=1), VALUES)
+    task.after_step(VALUES, skipped=True)
+    for name, value in task.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_own_statistics_come_from_the_teachers_global_crops():
+    """buffers=own: after one forward, running_mean = 0.1 * batch mean of the teacher's input."""
+    task = make_task("own", "resnet18_cifar")
+    crops = make_crops(6)
+    backbone = task.teacher["backbone"]
+    with torch.no_grad():
+        stem = backbone.net.conv1(backbone.preprocess(crops.global_crops.flatten(0, 1)))
+    task(crops, VALUES)
+    torch.testing.assert_close(
+        backbone.net.bn1.running_mean, 0.1 * stem.mean((0, 2, 3)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_copied_statistics_are_the_students():
+    task = make_task("copy", "resnet18_cifar")
+    task(make_crops(6), VALUES)
+    assert task.teacher["backbone"].net.bn1.running_mean.abs().max() == 0
+    task.after_step(VALUES, skipped=False)
+    student, teacher = (getattr(task, b)["backbone"].net.bn1 for b in ("student", "teacher"))
+    assert torch.equal(student.running_mean, teacher.running_mean)
+    assert student.running_mean.abs().max() > 0
+
+
+def test_no_local_crops_is_fine():
+    loss, metrics = make_task()(make_crops(4, num_local=0), VALUES)
+    assert torch.isfinite(loss)
+    assert metrics["kl"].item() == pytest.approx(
+        loss.item() - metrics["teacher_entropy"].item(), abs=1e-5
+    )
+
+
+def test_teacher_has_no_drop_path():
+    torch.manual_seed(0)
+    backbone = create_backbone(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, drop_path=0.5,
+        args={"depth": 2, "embed_dim": 24, "num_heads": 2},
+    )  # fmt: skip
+    task = DinoTask(backbone, DINOHead(24, 8, hidden_dim=8, bottleneck_dim=4, num_layers=2))
+    x = task.teacher["backbone"].preprocess(make_crops(8).global_crops[0])
+    assert torch.equal(task.teacher["backbone"](x), task.teacher["backbone"](x))
+    assert not torch.equal(task.student["backbone"](x), task.student["backbone"](x))
