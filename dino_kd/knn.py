@@ -23,8 +23,8 @@ def search(
     """The k most similar bank rows of every query: exact, by cosine, in float32.
 
     Working memory is about ``8 * query_chunk * bank_chunk`` bytes plus one normalised bank chunk.
-    Equal similarities are ordered by lower index first; which of several equal rows at place k
-    is still among the k is left to `torch.topk`, and the same on every run.
+    Among equal similarities the lower index comes first, at place k too; rows that are copies of
+    each other count as equal as far as the matrix product rounds them alike.
 
     Args:
         queries: ``[Q, D]``, any length and dtype.
@@ -43,14 +43,24 @@ def search(
         columns = F.normalize(bank[start : start + bank_chunk].float(), dim=-1)  # [m, D]
         for rows in _chunks(len(queries), query_chunk):
             cosine = F.normalize(queries[rows].float(), dim=-1) @ columns.T  # [q, m]
-            near, place = cosine.topk(min(k, cosine.shape[1]), dim=-1)
-            near, place = (
-                torch.cat([best[rows], near], 1),
-                torch.cat([index[rows], place + start], 1),
-            )
-            best[rows], chosen = near.topk(k, dim=-1)
-            index[rows] = place.gather(1, chosen)
-    return order_ties(best, index)
+            near, place = _top(cosine, min(k, cosine.shape[1]))
+            near = torch.cat([best[rows], near], dim=1)
+            place = torch.cat([index[rows], place + start], dim=1)
+            near, order = near.sort(dim=-1, descending=True, stable=True)  # [q, up to 2k]
+            best[rows], index[rows] = near[:, :k], place.gather(1, order[:, :k])
+    return best, index
+
+
+def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(k)` per row with one rule for ties, also at place k: lower index first."""
+    top, place = values.topk(min(k + 1, values.shape[1]), dim=-1)
+    # Where the next value equals the k-th, topk chose freely among equals.
+    unclear = (top[:, k:] == top[:, k - 1 : k]).any(dim=-1)  # [rows]
+    top, place = top[:, :k], place[:, :k]
+    if unclear.any():
+        ordered, order = values[unclear].sort(dim=-1, descending=True, stable=True)
+        top[unclear], place[unclear] = ordered[:, :k], order[:, :k]
+    return order_ties(top, place)
 
 
 def order_ties(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +115,7 @@ def vote(
 
 def _best_classes(scores: Tensor) -> Tensor:
     """``[q, min(5, Y)]`` classes by score; -1 for classes without a vote."""
-    best, classes = scores.topk(min(TOP, scores.shape[1]), dim=-1)
-    best, classes = order_ties(best, classes)
+    best, classes = _top(scores, min(TOP, scores.shape[1]))
     return classes.masked_fill(best <= 0, -1)
 
 

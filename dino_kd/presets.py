@@ -125,7 +125,7 @@ def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
     if horizon > seen / 2:
         warnings.append(
             f"the teacher averages over {horizon:,.0f} images but the run sees only {seen:,}; it "
-            "will hardly leave its random start. Set teacher.momentum=auto or a lower value"
+            "will hardly leave its random start. Train longer, or lower teacher.momentum"
         )
     if settings.teacher.temp > 0.075:
         warnings.append(

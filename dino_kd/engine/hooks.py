@@ -9,22 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 from torch import nn
 
-from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.dataset import ImageDataset, labels_as
 from dino_kd.data.images import BrokenImage
 from dino_kd.distributed import all_gather_objects
 from dino_kd.engine.schedules import is_time
 from dino_kd.engine.signals import StopFlag
 from dino_kd.features import extract_features
 from dino_kd.knn import knn_accuracy
+from dino_kd.models.backbone import Backbone
 
 
 class KnnMonitor:
     """Scores the teacher by weighted k-NN every so many steps, with `eval.knn`'s own functions.
 
     Args:
-        bank, queries: labelled data sets; `queries` is never trained on.
+        bank, queries: labelled data sets; `queries` is never trained on. Classes match by name.
         every: steps between scores; the last step is always scored.
         total_steps: length of the run.
         k: neighbours.
@@ -51,7 +53,10 @@ class KnnMonitor:
         precision: str,
         say: Callable[[str], None],
     ) -> None:
+        assert bank.class_names is not None  # the caller has checked the labels
+        labels = labels_as(queries, bank.class_names, "monitor.test")
         self.sets = (bank, queries)
+        self.query_labels = torch.from_numpy(labels)
         self.every, self.total_steps, self.k, self.max_images = every, total_steps, k, max_images
         self.extract_options = {
             "size": size,
@@ -69,26 +74,24 @@ class KnnMonitor:
         self.say(f"step {done}: k-NN (k={self.k}) of the teacher {top1:.2f} %")
         return {"knn_top1": top1}
 
-    def score(self, backbone: nn.Module) -> float:
+    def score(self, backbone: Backbone) -> float:
         """Top-1 in percent."""
         device = next(backbone.parameters()).device
         banks = []
-        with torch.random.fork_rng(devices=[]):
-            for dataset in self.sets:
-                chosen = evenly_spaced(len(dataset), self.max_images)
-                banks.append(
-                    extract_features(
-                        backbone.eval(),
-                        dataset,
-                        indices=chosen,
-                        device=device,
-                        **self.extract_options,
-                    )
+        for dataset in self.sets:
+            chosen = evenly_spaced(len(dataset), self.max_images)
+            banks.append(
+                extract_features(
+                    backbone, dataset, indices=chosen, device=device, **self.extract_options
                 )
-        backbone.train(was_training)
+            )
         bank, queries = banks
         result = knn_accuracy(
-            queries.features, queries.labels, bank.features, bank.labels, ks=[self.k]
+            queries.features,
+            self.query_labels[queries.indices],
+            bank.features,
+            bank.labels,
+            ks=[self.k],
         )
         return next(iter(result.values()))["top1"]
 

@@ -48,7 +48,7 @@ class Log(Protocol):
 
     def numbers(self, step: int, values: dict[str, float]) -> None: ...
     def warn(self, text: str) -> None: ...
-    def progress(self, step: int, total: int, fields: dict[str, str]) -> None: ...
+    def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
 
 Hook = Callable[[int, nn.Module, dict[str, float]], dict[str, float]]
@@ -181,15 +181,7 @@ def fit(
         for hook in hooks:
             row.update(hook(done, task, row))
         speed = clock.read(options.batch_size)
-        log.progress(
-            done,
-            options.total_steps,
-            {
-                "loss": f"{loss_now:.4f}",
-                "images/s": f"{speed['images_per_s']:.0f}",
-                "data wait": f"{speed['data_wait']:.0%}",
-            },
-        )
+        log.progress(done, options.total_steps, {"loss": loss_now, **speed})
         if row:
             log.numbers(done, {**row, **speed})
             clock.restart()

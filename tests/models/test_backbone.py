@@ -151,7 +151,9 @@ def test_only_bf16_on_cpu_uses_plain_attention(device, dtype, fused):
 
 def test_drop_path_is_refused_where_it_would_be_ignored():
     create_backbone("densenet121", img_size=32, drop_path=0.1, args={"growth_rate": 4})
-    with pytest.raises(ConfigError, match="model.drop_path: densenet121 has no stochastic depth.*0.3"):
+    with pytest.raises(
+        ConfigError, match=r"model.drop_path: densenet121 has no stochastic depth.*0.3"
+    ):
         create_backbone("densenet121", img_size=32, drop_path=0.3, args={"growth_rate": 4})
 
 

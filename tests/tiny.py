@@ -1,0 +1,41 @@
+"""The smallest run that is still a real one: settings shared by the tests of the stories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TINY = [
+    "device=cpu", "data.num_workers=0", "crops.preset=small", "crops.num_local_crops=2",
+    "model.backbone=vit_tiny_patch16_224", "model.patch_size=8",
+    "model.args={depth: 1, embed_dim: 32, num_heads: 2}",
+    "head.num_prototypes=64", "head.hidden_dim=32", "head.bottleneck_dim=16", "head.num_layers=2",
+    "optim.batch_size=16", "optim.length=8", "optim.base_lr=0.01", "optim.precision=fp32",
+    "log.log_every=1", "log.save_every=3", "log.tensorboard=false",
+]  # fmt: skip
+
+
+def write_images(folder: Path, count: int = 40, classes: int = 2, side: int = 40) -> Path:
+    """JPEGs of noise whose brightness tells the class: folder/class_0/000.jpg ..."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        label = index % classes
+        pixels = rng.integers(0, 120, (side, side, 3)) + 120 * label // max(classes - 1, 1)
+        path = folder / f"class_{label}" / f"{index:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """Rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    """Rows less what the clock decides."""
+    clock = ("images_per_s", "data_wait")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
