@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(main_function: MainFunction, argv: list[str]) -> int:
     """Call ``main_function(argv)``; a person's mistake becomes `error: ...` and an exit code.
 
-    The same door for `dino-kd`, `python -m eval.knn` and `python -m dino_kd.pretrain`.
+    The same door for `dino-kd`, `python -m dino_kd` and `python -m eval.knn`.
     """
     from dino_kd.config import HelpRequested
 

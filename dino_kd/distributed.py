@@ -79,6 +79,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_grouped() else 1
 
 
+def processes_here() -> int:
+    """How many of them share this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def is_main_process() -> bool:
     """Whether this process writes the files."""
     return rank() == 0

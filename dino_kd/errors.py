@@ -35,13 +35,13 @@ class CheckpointError(UserError):
     """A checkpoint or backbone file is missing, damaged, or does not fit the network."""
 
 
-class Diverged(UserError):
+class Diverged(UserError):  # noqa: N818 - reads as a statement
     """Training met too many non-finite losses or gradients in a row."""
 
     exit_code = EXIT_DIVERGED
 
 
-class Interrupted(UserError):
+class Interrupted(UserError):  # noqa: N818 - reads as a statement
     """A signal asked the run to end; its state is saved."""
 
     exit_code = EXIT_INTERRUPTED

@@ -104,7 +104,7 @@ def resolve_auto(settings: PretrainConfig, plan: Plan) -> tuple[PretrainConfig, 
             tenth = plan.total_steps * batch // 10
             horizon = max(min(_PUBLISHED_HORIZON, tenth), _SHORTEST_HORIZON_STEPS * batch)
             notes.append(f"teacher.horizon_images: {horizon:,}")
-        momentum = max(0.0, 1 - batch / horizon)
+        momentum = max(0.0, 1 - batch / float(horizon))
         notes.append(f"teacher.momentum: {momentum:.5f} (batch {batch} over the horizon)")
     elif horizon != "auto":
         raise ConfigError(
@@ -119,8 +119,8 @@ def resolve_auto(settings: PretrainConfig, plan: Plan) -> tuple[PretrainConfig, 
 def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
     """Sentences about settings that run but are known to disappoint."""
     warnings: list[str] = []
-    momentum = settings.teacher.momentum
-    horizon = settings.optim.batch_size / max(1 - float(momentum), 1e-9)
+    momentum = float(settings.teacher.momentum)
+    horizon = settings.optim.batch_size / max(1 - momentum, 1e-9)
     seen = plan.total_steps * settings.optim.batch_size
     if horizon > seen / 2:
         warnings.append(

@@ -1,14 +1,14 @@
 """Learn a backbone from unlabelled images.
 
     dino-kd pretrain pretrain/folder data.train=/my/photos run_dir=runs/photos
-    torchrun --nproc_per_node=8 -m dino_kd.pretrain pretrain/vits16_imagenet data.train=...
+    torchrun --nproc_per_node=8 -m dino_kd pretrain pretrain/vits16_imagenet data.train=...
 
 Reads top to bottom: check everything, build, train, save.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +23,14 @@ from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy, Crops
 from dino_kd.data.pictures import save_crop_picture
 from dino_kd.data.specs import make_dataset
-from dino_kd.distributed import broadcast, is_main_process, process_group, rank, world_size
+from dino_kd.distributed import (
+    broadcast,
+    is_main_process,
+    process_group,
+    processes_here,
+    rank,
+    world_size,
+)
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from dino_kd.engine.health import HealthMonitor
 from dino_kd.engine.hooks import BrokenImages, KnnMonitor
@@ -33,12 +40,13 @@ from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import CheckpointError, ConfigError, DataError, Interrupted, unknown_name
+from dino_kd.features import extract_features
 from dino_kd.files import write_atomic, write_text
 from dino_kd.models.backbone import Backbone, attention_backend
 from dino_kd.models.head import DINOHead
 from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, save_backbone
-from dino_kd.runlog import RunLog
+from dino_kd.runlog import RunLog, read_broken
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
 
@@ -67,8 +75,8 @@ def pretrain(settings: PretrainConfig) -> Path:
         settings, notes = resolve_auto(settings, plan)
         monitor_sets = monitor_images(settings)
         task = build_task(settings).to(device)
-        attention_backend(task.student["backbone"], device.type, DTYPES[precision])
-        attention_backend(task.teacher["backbone"], device.type, DTYPES[precision])
+        attention_backend(task.student.backbone, device.type, DTYPES[precision])
+        attention_backend(task.teacher.backbone, device.type, DTYPES[precision])
 
         # Open the run directory, new or continued.
         run_dir = Path(settings.run_dir)
@@ -91,7 +99,7 @@ def pretrain(settings: PretrainConfig) -> Path:
             log.warn(line)
 
         # Build what trains.
-        head: DINOHead = task.student["head"]
+        head = task.student.head
         groups = parameter_groups(task.student, head.prototype_parameters())
         optimizer = make_optimizer(
             settings.optim.name, groups, momentum=settings.optim.sgd_momentum
@@ -102,12 +110,12 @@ def pretrain(settings: PretrainConfig) -> Path:
             progress = restore(run_dir, task, optimizer, scaler, plan, log)
         log.drop_from(progress.step + 1)
         broken = BrokenImages(
-            lambda found: log.broken([(b.path, b.reason) for b in found]),
+            log.broken,
             stop,
             num_images=len(dataset),
             max_share=settings.data.max_broken_share,
             log_every=settings.log.log_every,
-            known=known_broken(run_dir),
+            known=read_broken(run_dir),
         )
         hooks: list[Hook] = [
             HealthMonitor(
@@ -277,7 +285,7 @@ def is_continued(settings: PretrainConfig) -> bool:
 
 
 def refuse_changes(settings: PretrainConfig, run_dir: Path, continued: bool) -> None:
-    """A continued run keeps every setting that shapes its result. Raises ConfigError with a diff."""
+    """A continued run keeps all settings that shape its result. Raises ConfigError with a diff."""
     if not continued:
         return
     stored = load_settings(PretrainConfig, [str(run_dir / "config.yaml")], command="pretrain")
@@ -357,7 +365,6 @@ def training_batches(
     device: torch.device,
 ) -> Iterator[CropBatch]:
     """This process's share of every batch from `start_step` on."""
-    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     return crop_batches(
         dataset,
         crop_policy(settings),
@@ -367,7 +374,7 @@ def training_batches(
         total_steps=plan.total_steps,
         rank=rank(),
         world_size=world_size(),
-        num_workers=loader_processes(settings.data.num_workers, per_machine),
+        num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
     )
 
@@ -396,37 +403,33 @@ def knn_monitor(
     log: RunLog,
 ) -> KnnMonitor:
     """The hook that scores the teacher while it trains."""
-    backbone: Backbone = task.teacher["backbone"]
+    backbone = task.teacher.backbone
+    extract = functools.partial(
+        extract_features,
+        size=backbone.img_size,
+        num_workers=loader_processes(settings.data.num_workers, processes_here()),
+        device=next(backbone.parameters()).device,
+        precision="bf16" if precision == "bf16" else "fp32",
+    )
     return KnnMonitor(
+        backbone,
         *sets,
+        extract=extract,
         every=plan.monitor_every,
         total_steps=plan.total_steps,
         k=settings.monitor.k,
         max_images=settings.monitor.max_images,
-        size=backbone.img_size,
-        resize=None,
-        batch_size=256,
-        num_workers=loader_processes(settings.data.num_workers, world_size()),
-        precision="bf16" if precision == "bf16" else "fp32",
         say=log.say,
     )
 
 
-def known_broken(run_dir: Path) -> list[str]:
-    """Paths that an earlier life of this run listed as broken."""
-    listing = run_dir / "broken_images.txt"
-    if not listing.is_file():
-        return []
-    return [line.split("\t")[0] for line in listing.read_text(encoding="utf-8").splitlines()]
-
-
 def save_result(run_dir: Path, task: DinoTask) -> None:
     """The teacher as a timm folder, and both heads beside it."""
-    save_backbone(task.teacher["backbone"], run_dir / "backbone")
+    save_backbone(task.teacher.backbone, run_dir / "backbone")
     heads = {
         f"{branch}.{name}": tensor.detach().cpu().contiguous()
         for branch in ("teacher", "student")
-        for name, tensor in getattr(task, branch)["head"].state_dict().items()
+        for name, tensor in getattr(task, branch).head.state_dict().items()
     }
     write_atomic(run_dir / "heads.safetensors", lambda path: save_file(heads, path))
 
@@ -435,9 +438,9 @@ def describe_run(
     settings: PretrainConfig, task: DinoTask, device: torch.device, precision: str
 ) -> str:
     """One sentence: what trains where."""
-    backbone: Backbone = task.student["backbone"]
+    backbone = task.student.backbone
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    head = sum(p.numel() for p in task.student["head"].parameters()) / 1e6
+    head = sum(p.numel() for p in task.student.head.parameters()) / 1e6
     return (
         f"{settings.model.backbone} ({millions:.1f} M parameters, features {backbone.embed_dim}) "
         f"with a head of {head:.1f} M, on {world_size()} x {device.type} in {precision}"
@@ -451,16 +454,8 @@ def finish(settings: PretrainConfig, progress: Progress, broken: BrokenImages, l
         if broken.too_many():
             raise DataError(broken.verdict())
         raise Interrupted(
-            f"stopped after step {progress.step}: {progress.stopped}. Everything is saved; continue "
-            f"with: dino-kd pretrain {run_dir} resume=true"
+            f"stopped after step {progress.step}: {progress.stopped}. Everything is saved; "
+            f"continue with: dino-kd pretrain {run_dir} resume=true"
         )
     log.say(f"done: {progress.step:,} steps; the backbone is in {run_dir}/backbone")
     log.say(f"score it: dino-kd knn backbone={run_dir} train=LABELLED_IMAGES test=OTHER_IMAGES")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from dino_kd import cli
-
-    sys.exit(cli.run(main, sys.argv[1:]))

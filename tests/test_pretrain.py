@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from dino_kd import cli, load_backbone
 from dino_kd.config import load_settings
+from dino_kd.describe import leaves
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
 from dino_kd.errors import EXIT_INTERRUPTED, UserError
 from dino_kd.pretrain import pretrain
@@ -253,7 +254,7 @@ def start(images, run_dir, *more):
     """A real process running the tiny recipe."""
     argv = [*TINY, f"data.train={images}", f"run_dir={run_dir}", *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "dino_kd.pretrain", *argv],
+        [sys.executable, "-m", "dino_kd", "pretrain", *argv],
         cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -395,15 +396,6 @@ def test_a_directory_that_holds_another_run_is_refused(images, whole, capsys):
 # --- no setting without effect
 
 
-def leaves(schema, prefix=""):
-    for name, field in schema.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            yield from leaves(kind, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
 def test_every_setting_is_read(images, tmp_path, monkeypatch):
     """Walks the schema: each field must be read by a run, not only accepted.
 
@@ -425,7 +417,7 @@ def test_every_setting_is_read(images, tmp_path, monkeypatch):
     pretrain(chosen)
     monkeypatch.undo()
     by_path = {}
-    for path in leaves(PretrainConfig):
+    for path, _ in leaves(PretrainConfig):
         owner = PretrainConfig
         for part in path.split(".")[:-1]:
             owner = owner.model_fields[part].annotation

@@ -39,7 +39,7 @@ def alone(images, tmp_path_factory):
 def torchrun(processes, argv):
     """Start `processes` ranks on a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", "-m", "dino_kd.pretrain", *argv]
+    command += [f"--nproc_per_node={processes}", "-m", "dino_kd", "pretrain", *argv]
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,

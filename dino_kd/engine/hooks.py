@@ -17,83 +17,67 @@ from dino_kd.data.images import BrokenImage
 from dino_kd.distributed import all_gather_objects
 from dino_kd.engine.schedules import is_time
 from dino_kd.engine.signals import StopFlag
-from dino_kd.features import extract_features
+from dino_kd.features import FeatureBank
 from dino_kd.knn import knn_accuracy
 from dino_kd.models.backbone import Backbone
 
 
 class KnnMonitor:
-    """Scores the teacher by weighted k-NN every so many steps, with `eval.knn`'s own functions.
+    """Scores a backbone by weighted k-NN every so many steps, with `eval.knn`'s own functions.
 
     Args:
+        backbone: the network to score, usually the teacher's.
         bank, queries: labelled data sets; `queries` is never trained on. Classes match by name.
+        extract: `extract_features` with the evaluation's size, precision and loader bound.
         every: steps between scores; the last step is always scored.
         total_steps: length of the run.
         k: neighbours.
         max_images: at most this many images of each set are used, evenly spaced.
-        size, resize: evaluation transform, as in `extract_features`.
-        batch_size, num_workers: of the feature pass, per process.
-        precision: arithmetic of the feature pass.
         say: receives one sentence per score.
     """
 
     def __init__(
         self,
+        backbone: Backbone,
         bank: ImageDataset,
         queries: ImageDataset,
         *,
+        extract: Callable[..., FeatureBank],
         every: int,
         total_steps: int,
         k: int,
         max_images: int,
-        size: tuple[int, int],
-        resize: int | None,
-        batch_size: int,
-        num_workers: int,
-        precision: str,
         say: Callable[[str], None],
     ) -> None:
         assert bank.class_names is not None  # the caller has checked the labels
-        labels = labels_as(queries, bank.class_names, "monitor.test")
-        self.sets = (bank, queries)
-        self.query_labels = torch.from_numpy(labels)
+        assert bank.labels is not None
+        self.bank_labels = torch.from_numpy(bank.labels)
+        self.query_labels = torch.from_numpy(labels_as(queries, bank.class_names, "monitor.test"))
+        self.backbone, self.bank, self.queries, self.extract = backbone, bank, queries, extract
         self.every, self.total_steps, self.k, self.max_images = every, total_steps, k, max_images
-        self.extract_options = {
-            "size": size,
-            "resize": resize,
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "precision": precision,
-        }
         self.say = say
 
     def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
         if not is_time(done, self.every, self.total_steps):
             return {}
-        top1 = self.score(task.teacher["backbone"])  # type: ignore[index, union-attr]
-        self.say(f"step {done}: k-NN (k={self.k}) of the teacher {top1:.2f} %")
+        top1 = self.score()
+        self.say(f"step {done}: k-NN (k={self.k}) {top1:.2f} %")
         return {"knn_top1": top1}
 
-    def score(self, backbone: Backbone) -> float:
+    def score(self) -> float:
         """Top-1 in percent."""
-        device = next(backbone.parameters()).device
-        banks = []
-        for dataset in self.sets:
-            chosen = evenly_spaced(len(dataset), self.max_images)
-            banks.append(
-                extract_features(
-                    backbone, dataset, indices=chosen, device=device, **self.extract_options
-                )
-            )
-        bank, queries = banks
+        bank, queries = (
+            self.extract(self.backbone, data, indices=evenly_spaced(len(data), self.max_images))
+            for data in (self.bank, self.queries)
+        )
         result = knn_accuracy(
             queries.features,
             self.query_labels[queries.indices],
             bank.features,
-            bank.labels,
+            self.bank_labels[bank.indices],
             ks=[self.k],
         )
-        return next(iter(result.values()))["top1"]
+        return result[self.k]["top1"]
 
 
 class BrokenImages:
@@ -105,7 +89,7 @@ class BrokenImages:
 
     def __init__(
         self,
-        write: Callable[[list[BrokenImage]], None],
+        write: Callable[[list[tuple[str, str]]], object],
         stop: StopFlag,
         *,
         num_images: int,
@@ -128,7 +112,7 @@ class BrokenImages:
         unseen = {b.path: b for b in all_gather_objects(self.new) if b.path not in self.paths}
         self.new = []
         self.paths.update(unseen)
-        self.write(list(unseen.values()))
+        self.write([(b.path, b.reason) for b in unseen.values()])
         if self.too_many():
             self.stop.request(self.verdict())
         return {"broken_images": float(len(self.paths))} if row else {}
@@ -145,6 +129,6 @@ class BrokenImages:
         return len(self.paths) > self.max_share * self.num_images
 
 
-def evenly_spaced(count: int, at_most: int) -> np.ndarray:
+def evenly_spaced(count: int, at_most: int) -> list[int]:
     """Up to `at_most` different indices from 0 to count - 1; class folders stay balanced."""
-    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
+    return np.linspace(0, count - 1, min(count, at_most)).round().astype(int).tolist()

@@ -30,7 +30,7 @@ class Task(Protocol):
     """What `fit` trains."""
 
     def __call__(self, batch: Any, values: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch, and metrics worth logging (only needed if values["measure"])."""
+        """The mean loss of a batch, and metrics to log (only needed if values["measure"])."""
 
     def after_step(self, values: dict[str, float], skipped: bool) -> None:
         """After the optimiser step: EMA, centre. `skipped`: forget the step, it was not applied."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dino_kd.errors import unknown_name
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
-# Parameters that are positions or single tokens rather than maps; compared with the name's last part.
+# Positions and single tokens rather than maps; compared with the last part of the name.
 _TOKEN_NAMES = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "latent"}
 
 

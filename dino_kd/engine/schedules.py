@@ -9,7 +9,7 @@ Schedule = Callable[[int], float]
 
 
 def cosine(start: float, end: float, total_steps: int) -> Schedule:
-    """``end + (start - end) / 2 * (1 + cos(pi * t))`` with t from 0 at step 0 to 1 at the last step."""
+    """``end + (start - end) / 2 * (1 + cos(pi * t))``, t from 0 (first step) to 1 (last step)."""
 
     def value(step: int) -> float:
         progress = min(step / max(total_steps - 1, 1), 1.0)

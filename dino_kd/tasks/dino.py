@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,29 @@ from dino_kd.losses.dino import Center, center_and_sharpen, dino_cross_entropy
 from dino_kd.models.backbone import Backbone
 from dino_kd.models.ema import update_teacher
 from dino_kd.models.head import DINOHead
+
+TeacherBuffers = Literal["own", "ema", "copy"]
+
+
+class Network(nn.Module):
+    """A backbone and its projection head."""
+
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def features(self, groups: list[Tensor]) -> Tensor:
+        """Features ``[S, B, D]`` of uint8 crop groups ``[crops, B, C, h, w]``, one size a group."""
+        features = []
+        for crops in groups:
+            images = self.backbone.preprocess(crops.flatten(0, 1))  # [crops * B, C, h, w]
+            features.append(self.backbone(images).unflatten(0, crops.shape[:2]))
+        return torch.cat(features)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Head outputs ``[S, B, K]`` of features ``[S, B, D]``, all crops in one pass."""
+        return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
 
 class DinoTask(nn.Module):
@@ -35,14 +59,14 @@ class DinoTask(nn.Module):
         *,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
-        buffers: str = "own",
+        buffers: TeacherBuffers = "own",
     ) -> None:
         super().__init__()
-        self.student = nn.ModuleDict({"backbone": backbone, "head": head})
+        self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.center = Center(head.num_prototypes, center_momentum)
         self.student_temp = student_temp
-        self.buffers = buffers
+        self.teacher_buffers = buffers
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         self._statistics_before: list[Tensor] = []
         self.train()
@@ -51,7 +75,7 @@ class DinoTask(nn.Module):
         """The teacher is always in eval mode (no drop path), but with "own" batch-norm batches."""
         super().train(mode)
         self.teacher.eval()
-        if mode and self.buffers == "own":
+        if mode and self.teacher_buffers == "own":
             for module in self.teacher.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()
@@ -64,14 +88,14 @@ class DinoTask(nn.Module):
         if len(crops.local_crops):
             groups.append(crops.local_crops)
         with torch.no_grad():
-            teacher_features = self._features("teacher", groups[:1])  # [G, B, D]
-            teacher_logits = self._logits("teacher", teacher_features)  # [G, B, K]
+            teacher_features = self.teacher.features(groups[:1])  # [G, B, D]
+            teacher_logits = self.teacher.logits(teacher_features)  # [G, B, K]
             self.center.observe(teacher_logits)
             teacher_probs = center_and_sharpen(
                 teacher_logits, self.center.center, values["teacher_temp"]
             )  # [G, B, K]
-        student_features = self._features("student", groups)  # [S, B, D]
-        student_logits = self._logits("student", student_features)  # [S, B, K]
+        student_features = self.student.features(groups)  # [S, B, D]
+        student_logits = self.student.logits(student_features)  # [S, B, K]
         loss = dino_cross_entropy(student_logits, teacher_probs, self.student_temp)
         if not values.get("measure"):
             return loss, {}
@@ -86,28 +110,14 @@ class DinoTask(nn.Module):
 
     @torch.no_grad()
     def after_step(self, values: dict[str, float], skipped: bool) -> None:
-        """Move the teacher by ``values["momentum"]`` and the centre; undo what a skipped step left."""
+        """Move teacher (by ``values["momentum"]``) and centre; undo what a skipped step left."""
         if skipped:
             self.center.discard()
             self._restore_statistics()
         else:
-            update_teacher(self.student, self.teacher, values["momentum"], self.buffers)
+            update_teacher(self.student, self.teacher, values["momentum"], self.teacher_buffers)
             self.center.commit()
         self._statistics_before = []
-
-    def _features(self, branch: str, groups: list[Tensor]) -> Tensor:
-        """Features ``[S, B, D]`` of uint8 crop groups ``[crops, B, C, h, w]``, one size a group."""
-        backbone: Backbone = getattr(self, branch)["backbone"]
-        features = []
-        for crops in groups:
-            cls = backbone(backbone.preprocess(crops.flatten(0, 1)))  # [crops * B, D]
-            features.append(cls.unflatten(0, crops.shape[:2]))
-        return torch.cat(features)
-
-    def _logits(self, branch: str, features: Tensor) -> Tensor:
-        """Head outputs ``[S, B, K]`` of features ``[S, B, D]``, all crops in one pass."""
-        head: DINOHead = getattr(self, branch)["head"]
-        return head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
     def _statistics(self) -> list[Tensor]:
         """Batch-norm buffers, which a forward pass changes in place; none in a ViT."""

@@ -10,14 +10,22 @@ import torch
 
 from dino_kd.engine.health import HealthMonitor, diagnose, perplexity, rankme
 
-HEALTHY = {"teacher_entropy": 3.0, "kl": 1.0, "prototypes_used": 80.0, "rankme": 30.0, "skipped_steps": 0.0}
+HEALTHY = {
+    "teacher_entropy": 3.0,
+    "kl": 1.0,
+    "prototypes_used": 80.0,
+    "rankme": 30.0,
+    "skipped_steps": 0.0,
+}
 
 
 def test_rankme_equals_numpy():
     x = np.random.default_rng(0).normal(size=(40, 12))
     s = np.linalg.svd(x, compute_uv=False)
     p = s / s.sum()
-    assert rankme(torch.from_numpy(x)).item() == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+    assert rankme(torch.from_numpy(x)).item() == pytest.approx(
+        np.exp(-(p * np.log(p)).sum()), rel=1e-5
+    )
 
 
 def test_rankme_of_identical_rows_is_one_and_of_an_isometry_is_full():

@@ -164,9 +164,11 @@ def test_signals_end_the_run_at_a_step_boundary_with_a_save(number):
 
 
 def test_a_second_interrupt_ends_at_once():
-    with StopFlag().listening(), pytest.raises(KeyboardInterrupt):
+    with StopFlag().listening() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "received SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_step_seeds_differ_by_seed_step_and_rank():

@@ -20,7 +20,10 @@ from dino_kd.models.head import DINOHead
 
 def test_no_decay_on_biases_norms_positions_and_tokens():
     backbone = create_backbone(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, args={"depth": 1, "embed_dim": 24, "num_heads": 2}
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=8,
+        args={"depth": 1, "embed_dim": 24, "num_heads": 2},
     )
     head = DINOHead(24, 8, hidden_dim=16, bottleneck_dim=4, num_layers=2)
     module = nn.ModuleDict({"backbone": backbone, "head": head})

@@ -59,5 +59,5 @@ def test_lengths_in_steps(text, steps):
 
 @pytest.mark.parametrize("text", ["", "ten", "-5", "1.5", "10 hours", "120%"])
 def test_wrong_lengths_name_the_value(text):
-    with pytest.raises(ValueError, match="expected|whole|at most"):
+    with pytest.raises(ValueError, match=r"expected|whole|at most"):
         parse_length(text)

@@ -60,7 +60,10 @@ def test_low_precision_logits_are_summed_in_float32():
     low = student.bfloat16()
     assert dino_cross_entropy(low, targets, 0.1).dtype == torch.float32
     torch.testing.assert_close(
-        dino_cross_entropy(low, targets, 0.1).double(), brute_force(low, targets, 0.1), rtol=1e-6, atol=0
+        dino_cross_entropy(low, targets, 0.1).double(),
+        brute_force(low, targets, 0.1),
+        rtol=1e-6,
+        atol=0,
     )
 
 

@@ -40,7 +40,7 @@ def make_crops(batch, num_local=2, seed=0):
 
 
 def train(task, batches, accumulate):
-    groups = parameter_groups(task.student, task.student["head"].prototype_parameters())
+    groups = parameter_groups(task.student, task.student.head.prototype_parameters())
     optimizer = make_optimizer("adamw", groups)
 
     class Quiet:
@@ -89,7 +89,7 @@ def test_teacher_and_center_move_by_their_momentum():
     with torch.no_grad():
         for parameter in task.student.parameters():
             parameter.add_(0.5)
-        backbone, head = teacher_before["backbone"], teacher_before["head"]
+        backbone, head = teacher_before.backbone, teacher_before.head
         logits = head(backbone(backbone.preprocess(crops.global_crops.flatten(0, 1))))
     task.after_step(VALUES, skipped=False)
     torch.testing.assert_close(task.center.center, 0.1 * logits.mean(0), rtol=1e-4, atol=1e-6)
@@ -125,7 +125,7 @@ def test_own_statistics_come_from_the_teachers_global_crops():
     """buffers=own: after one forward, running_mean = 0.1 * batch mean of the teacher's input."""
     task = make_task("own", "resnet18_cifar")
     crops = make_crops(6)
-    backbone = task.teacher["backbone"]
+    backbone = task.teacher.backbone
     with torch.no_grad():
         stem = backbone.net.conv1(backbone.preprocess(crops.global_crops.flatten(0, 1)))
     task(crops, VALUES)
@@ -137,9 +137,9 @@ def test_own_statistics_come_from_the_teachers_global_crops():
 def test_copied_statistics_are_the_students():
     task = make_task("copy", "resnet18_cifar")
     task(make_crops(6), VALUES)
-    assert task.teacher["backbone"].net.bn1.running_mean.abs().max() == 0
+    assert task.teacher.backbone.net.bn1.running_mean.abs().max() == 0
     task.after_step(VALUES, skipped=False)
-    student, teacher = (getattr(task, b)["backbone"].net.bn1 for b in ("student", "teacher"))
+    student, teacher = (getattr(task, b).backbone.net.bn1 for b in ("student", "teacher"))
     assert torch.equal(student.running_mean, teacher.running_mean)
     assert student.running_mean.abs().max() > 0
 
@@ -159,6 +159,6 @@ def test_teacher_has_no_drop_path():
         args={"depth": 2, "embed_dim": 24, "num_heads": 2},
     )  # fmt: skip
     task = DinoTask(backbone, DINOHead(24, 8, hidden_dim=8, bottleneck_dim=4, num_layers=2))
-    x = task.teacher["backbone"].preprocess(make_crops(8).global_crops[0])
-    assert torch.equal(task.teacher["backbone"](x), task.teacher["backbone"](x))
-    assert not torch.equal(task.student["backbone"](x), task.student["backbone"](x))
+    x = task.teacher.backbone.preprocess(make_crops(8).global_crops[0])
+    assert torch.equal(task.teacher.backbone(x), task.teacher.backbone(x))
+    assert not torch.equal(task.student.backbone(x), task.student.backbone(x))
