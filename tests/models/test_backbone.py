@@ -170,6 +170,7 @@ def test_drop_path_reaches_the_network_and_not_the_saved_architecture():
         ("resnet18_cifr", {}, "did you mean 'resnet18_cifar'"),
         ("vit_tiny_patch16_224", {"img_size": 100}, "100 x 100 px.*patches of 16 px.*96 x 96"),
         ("vit_tiny_patch16_224", {"args": {"depht": 2}}, "does not accept 'depht'"),
+        ("crossvit_tiny_240", {"img_size": 240}, "does not give one vector per image"),
         ("resnet18", {"patch_size": 8}, "model.patch_size: resnet18 is no ViT"),
         ("resnet18", {"mean": [0.5]}, "data.mean: expected 3 numbers"),
         ("resnet18", {"in_chans": 2, "std": [1.0] * 3}, "data.std: expected 2 numbers"),
