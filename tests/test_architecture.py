@@ -28,6 +28,7 @@ LAYERS = {
     "dino_kd.models": 1,
     "dino_kd.data": 1,
     "dino_kd.features": 2,
+    "dino_kd.visualize": 2,
     "dino_kd.knn": 2,
     "dino_kd.engine": 3,
     "dino_kd.tasks": 4,

@@ -1,7 +1,8 @@
-"""A contact sheet of augmented crops, so that a person can judge the augmentation by eye."""
+"""Contact sheets, so that a person can judge crops and attention maps by eye."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +25,36 @@ def save_crop_picture(crops: Crops, path: str | Path, max_images: int = 8) -> No
     """
     groups = [("global", crops.global_crops), ("local", crops.local_crops)]
     columns = [
-        (f"{name} {number + 1}", group[number, :max_images].cpu().numpy())
+        (f"{name} {number + 1}", list(group[number, :max_images].cpu().numpy()))
         for name, group in groups
         for number in range(len(group))
     ]
+    save_contact_sheet(columns, path)
+
+
+def save_contact_sheet(
+    columns: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | Path
+) -> None:
+    """Write a PNG of labelled columns, one row per image.
+
+    Args:
+        columns: a title and one picture uint8 ``[C, h, w]`` for every row; sizes may differ
+            between columns. All are enlarged by the same whole number when they are small.
+        path: where to.
+
+    Raises:
+        UserError: the disk is full.
+    """
     rows = len(columns[0][1])
-    factor = max(1, round(_SHOWN_SIDE / max(crops.global_crops.shape[-2:])))
+    factor = max(1, round(_SHOWN_SIDE / max(max(p[0].shape[-2:]) for _, p in columns)))
     font = _font()
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = int(ruler.textlength(f"image {rows}", font)) + 2 * _GAP
     widths = [
-        max(pixels.shape[-1] * factor, int(ruler.textlength(name, font)))
+        max(pixels[0].shape[-1] * factor, int(ruler.textlength(name, font)))
         for name, pixels in columns
     ]
-    row_height = max(pixels.shape[-2] for _, pixels in columns) * factor + _GAP
+    row_height = max(pixels[0].shape[-2] for _, pixels in columns) * factor + _GAP
     size = (margin + sum(widths) + _GAP * len(widths), _TEXT_HEIGHT + _GAP + rows * row_height)
     sheet = Image.new("RGB", size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
