@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Hashable
 from functools import reduce
@@ -139,12 +140,13 @@ def value_at(settings: Settings, path: str) -> Any:
 def command_help(command: str, schema: type[Settings]) -> str:
     """The text of ``dino-kd COMMAND --help``."""
     needed = " ".join(f"{p}={example(field)}" for p, field in leaves(schema) if field.is_required())
+    fitting = [n for n in packaged_configs() if command in n.split("/")]
     return (
         f"usage: dino-kd {command} [CONFIG] [a.b=c ...]\n\n"
         f"{' '.join((schema.__doc__ or '').split())}\n\n"
         f"example: dino-kd {command} {needed}\n\n"
         "CONFIG is a YAML file, a run directory, or one of\n"
-        f"  {', '.join(packaged_configs())}\n"
+        f"{textwrap.fill(', '.join(fitting), 90, initial_indent='  ', subsequent_indent='  ')}\n"
         "Settings given as a.b=c come after CONFIG and win over it; a.b= means none.\n\n"
         f"{describe_settings(schema)}"
     )
@@ -182,7 +184,7 @@ def _split(schema: type[Settings], argv: list[str], command: str) -> _Words:
             if not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 value = rest.pop(0)  # the 3 of `--epochs 3`
             words.problems.append(_flag_problem(schema, path, value, command))
-        elif equals and "/" not in path and not Path(word).is_file():
+        elif equals and "/" not in path and not _is_file(word):
             if not path or path != path.strip():
                 words.problems.append(f"{word!r}: a setting is written a.b=c, without spaces")
             else:
@@ -192,6 +194,13 @@ def _split(schema: type[Settings], argv: list[str], command: str) -> _Words:
         else:
             words.problems.append(_stray_problem(schema, word, words.config))
     return words
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):  # longer than a file name may be, or with a null byte
+        return False
 
 
 def _flag_problem(schema: type[Settings], flag: str, value: str, command: str) -> str:

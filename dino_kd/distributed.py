@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dino_kd.errors import ConfigError
+from dino_kd.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -39,11 +39,12 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` prefers CUDA, then Apple's MPS (single process only), then the CPU."""
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Never Apple's MPS, which lacks operations that ViTs need; `mps` can be asked for, untested.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and local_rank is None and torch.backends.mps.is_available():
-            name = "mps"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -52,6 +53,11 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if device.index is not None and local_rank is not None and world_size_asked() > 1:
+            raise ConfigError(
+                f"device: {name!r} would put every process on one GPU; use cuda or auto, and each "
+                "takes its own"
+            )
         index = device.index if device.index is not None else (local_rank or 0)
         if index >= count:
             raise ConfigError(
@@ -62,6 +68,11 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device: 'mps' is not available here; use device=cpu")
     return device
+
+
+def world_size_asked() -> int:
+    """How many processes the launcher started; 1 for plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_grouped() -> bool:
@@ -124,6 +135,23 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run `work` on the main process only; its result, or its UserError, on every process.
+
+    Without this, an error of one process would leave the others waiting in a collective.
+    """
+    outcome: tuple[T | None, UserError | None] = (None, None)
+    if is_main_process():
+        try:
+            outcome = (work(), None)
+        except UserError as error:
+            outcome = (None, error)
+    result, failure = broadcast(outcome)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
 
 
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dino_kd.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -43,6 +48,30 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Replace `path` by a safetensors file, atomically.
+
+    Serialised in memory first: the library's own writer hides the reason of a failed write.
+    """
+    from safetensors.torch import save
+
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomic(path, write)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that killed writes left in `folder`."""
+    for leftover in folder.glob(".*.tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -89,8 +89,13 @@ def make_plan(settings: PretrainConfig, num_images: int, world_size: int) -> Pla
     )
 
 
-def resolve_auto(settings: PretrainConfig, plan: Plan) -> tuple[PretrainConfig, list[str]]:
-    """Replace every `auto` that shapes the result; returns the settings and a line for each."""
+def resolve_auto(
+    settings: PretrainConfig, plan: Plan, precision: str
+) -> tuple[PretrainConfig, list[str]]:
+    """Replace every `auto` that shapes the result; returns the settings and a line for each.
+
+    `precision` is what this machine chose for `optim.precision`.
+    """
     notes: list[str] = []
     batch = settings.optim.batch_size
     prototypes = settings.head.num_prototypes
@@ -106,14 +111,15 @@ def resolve_auto(settings: PretrainConfig, plan: Plan) -> tuple[PretrainConfig, 
             notes.append(f"teacher.horizon_images: {horizon:,}")
         momentum = max(0.0, 1 - batch / float(horizon))
         notes.append(f"teacher.momentum: {momentum:.5f} (batch {batch} over the horizon)")
-    elif horizon != "auto":
+    elif horizon != "auto" and abs(momentum - (1 - batch / horizon)) > 1e-9:
         raise ConfigError(
             f"teacher.momentum={momentum} and teacher.horizon_images={horizon} both set the EMA; "
             "leave one of them at auto"
         )
-    teacher = settings.teacher.model_copy(update={"momentum": momentum, "horizon_images": "auto"})
+    teacher = settings.teacher.model_copy(update={"momentum": momentum})
     head = settings.head.model_copy(update={"num_prototypes": prototypes})
-    return settings.model_copy(update={"teacher": teacher, "head": head}), notes
+    optim = settings.optim.model_copy(update={"precision": precision})
+    return settings.model_copy(update={"teacher": teacher, "head": head, "optim": optim}), notes
 
 
 def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:

@@ -14,24 +14,28 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dino_kd.config import changed_settings, dump_settings, load_settings
-from dino_kd.data.dataset import ImageDataset, require_labels
+from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy, Crops
 from dino_kd.data.pictures import save_crop_picture
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
-    broadcast,
     is_main_process,
+    on_main,
     process_group,
     processes_here,
     rank,
     world_size,
 )
-from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from dino_kd.engine.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from dino_kd.engine.health import HealthMonitor
 from dino_kd.engine.hooks import BrokenImages, KnnMonitor
 from dino_kd.engine.loop import FitOptions, Hook, Progress, fit
@@ -41,12 +45,12 @@ from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, l
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import CheckpointError, ConfigError, DataError, Interrupted, unknown_name
 from dino_kd.features import extract_features
-from dino_kd.files import write_atomic, write_text
+from dino_kd.files import remove_leftovers, write_tensors, write_text
 from dino_kd.models.backbone import Backbone, attention_backend
 from dino_kd.models.head import DINOHead
 from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, save_backbone
-from dino_kd.runlog import RunLog, read_broken
+from dino_kd.runlog import RunLog
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
 
@@ -72,7 +76,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         precision = choose_precision(settings.optim.precision, device)
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
-        settings, notes = resolve_auto(settings, plan)
+        settings, notes = resolve_auto(settings, plan, precision)
         monitor_sets = monitor_images(settings)
         task = build_task(settings).to(device)
         for network in (task.student, task.teacher):
@@ -80,7 +84,6 @@ def pretrain(settings: PretrainConfig) -> Path:
 
         # Open the run directory, new or continued.
         run_dir = Path(settings.run_dir)
-        continued = is_continued(settings)
         log = RunLog(
             run_dir,
             is_main=is_main_process(),
@@ -88,10 +91,7 @@ def pretrain(settings: PretrainConfig) -> Path:
             tracker=settings.log.tracker,
         )
         cleanup.callback(log.close)
-        log.lock()
-        refuse_changes(settings, run_dir, continued)
-        if is_main_process():
-            write_text(run_dir / "config.yaml", dump_settings(settings))
+        continued = on_main(functools.partial(open_run, settings, log))
         log.write_environment({"device": str(device), "precision": precision})
         for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
             log.say(line)
@@ -105,17 +105,16 @@ def pretrain(settings: PretrainConfig) -> Path:
             settings.optim.name, groups, momentum=settings.optim.sgd_momentum
         )
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        progress = Progress()
+        progress, broken_before = Progress(), list[str]()
         if continued:
-            progress = restore(run_dir, task, optimizer, scaler, plan, log)
+            progress, broken_before = restore(run_dir, task, optimizer, scaler, plan, log)
         log.drop_from(progress.step + 1)
         broken = BrokenImages(
             log.broken,
             stop,
             num_images=len(dataset),
             max_share=settings.data.max_broken_share,
-            log_every=settings.log.log_every,
-            known=read_broken(run_dir),
+            known=broken_before,
         )
         hooks: list[Hook] = [
             HealthMonitor(
@@ -127,7 +126,9 @@ def pretrain(settings: PretrainConfig) -> Path:
             hooks.append(knn_monitor(settings, plan, monitor_sets, task, precision, log))
 
         def save(progress: Progress) -> None:
-            if is_main_process():
+            broken.exchange()
+
+            def write() -> None:
                 state = {
                     "step": progress.step,
                     "progress": progress.state_dict(),
@@ -135,10 +136,13 @@ def pretrain(settings: PretrainConfig) -> Path:
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                     "num_images": plan.num_images,
+                    "broken": sorted(broken.paths),
                 }
                 keep = settings.log.keep_checkpoints
                 save_checkpoint(run_dir / "checkpoints", progress.step, state, keep=keep)
                 save_result(run_dir, task)
+
+            on_main(write)
 
         # Train.
         batches = training_batches(settings, dataset, plan, progress.step, device)
@@ -207,6 +211,7 @@ def monitor_images(settings: PretrainConfig) -> tuple[ImageDataset, ImageDataset
         )
         require_labels(dataset, name)
         sets.append(dataset)
+    labels_as(sets[1], sets[0].class_names or [], "monitor.test")  # same classes, or an error now
     return sets[0], sets[1]
 
 
@@ -223,6 +228,7 @@ def build_task(settings: PretrainConfig) -> DinoTask:
             )
     backbone = backbone_from_settings(settings.model, settings.crops, settings.data, settings.seed)
     check_crop_sizes(settings, backbone)
+    check_local_crops(settings, backbone)
     head = DINOHead(
         backbone.embed_dim,
         int(settings.head.num_prototypes),
@@ -243,9 +249,7 @@ def build_task(settings: PretrainConfig) -> DinoTask:
 
 def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
     """Both crop sizes must be whole patches."""
-    patch = backbone.patch_size
-    if patch is None or not backbone.is_vit:
-        return
+    patch = backbone.patch_size or 1
     names = ["global_size"] + (["local_size"] if settings.crops.num_local_crops else [])
     problems = []
     for name in names:
@@ -261,19 +265,43 @@ def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
         raise ConfigError(dict.fromkeys(problems))
 
 
+def check_local_crops(settings: PretrainConfig, backbone: Backbone) -> None:
+    """Networks of a fixed input size cannot take smaller local crops: better known now."""
+    height, width = as_height_width(settings.crops.local_size)
+    if not settings.crops.num_local_crops or (height, width) == backbone.img_size:
+        return
+    was_training = backbone.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            backbone.eval()(torch.zeros(1, backbone.in_chans, height, width))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"crops.local_size: {settings.model.backbone} does not take {height} x {width} px "
+            f"beside {backbone.img_size[0]} x {backbone.img_size[1]} ({error}); set local_size to "
+            "global_size, or num_local_crops=0"
+        ) from None
+    finally:
+        backbone.train(was_training)
+
+
 def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """One side or (height, width) as (height, width)."""
     return (size, size) if isinstance(size, int) else size
 
 
-def is_continued(settings: PretrainConfig) -> bool:
-    """Whether run_dir's run goes on; the main process looks, all agree. Raises on a conflict."""
+def open_run(settings: PretrainConfig, log: RunLog) -> bool:
+    """Take the run directory and store the settings; returns whether an earlier run goes on.
+
+    Raises CheckpointError when there is nothing to resume, ConfigError when there is a run that is
+    not to be resumed, or one whose fixed settings differ.
+    """
     run_dir = Path(settings.run_dir)
-    exists = broadcast((run_dir / "config.yaml").is_file())
+    exists = (run_dir / "config.yaml").is_file()
     if settings.resume is True and not exists:
         raise CheckpointError(
             f"resume=true, but {run_dir} holds no run; check run_dir, or start one without resume"
         )
+    log.lock()
     if settings.resume is False and exists:
         saved = list_checkpoints(run_dir / "checkpoints")
         state = f"last checkpoint {saved[0].name}" if saved else "no checkpoint yet"
@@ -281,13 +309,18 @@ def is_continued(settings: PretrainConfig) -> bool:
             f"run_dir: {run_dir} already holds a run ({state}); add resume=true to continue it, or "
             "choose another run_dir"
         )
+    if exists:
+        refuse_changes(settings, run_dir)
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "backbone"):
+        remove_leftovers(folder)
+    # Without `resume`, so that the file can start another run.
+    stored = settings.model_copy(update={"resume": False})
+    write_text(run_dir / "config.yaml", dump_settings(stored))
     return exists
 
 
-def refuse_changes(settings: PretrainConfig, run_dir: Path, continued: bool) -> None:
+def refuse_changes(settings: PretrainConfig, run_dir: Path) -> None:
     """A continued run keeps all settings that shape its result. Raises ConfigError with a diff."""
-    if not continued:
-        return
     stored = load_settings(PretrainConfig, [str(run_dir / "config.yaml")], command="pretrain")
     fixed = [
         f"  {path}: {old!r} -> {new!r}"
@@ -309,14 +342,17 @@ def restore(
     scaler: torch.amp.GradScaler,
     plan: Plan,
     log: RunLog,
-) -> Progress:
-    """Load the newest undamaged checkpoint into everything that trains."""
-    if not list_checkpoints(run_dir / "checkpoints"):
+) -> tuple[Progress, list[str]]:
+    """Load the newest undamaged checkpoint into everything that trains.
+
+    The main process chooses, so that all load the same one. Returns the progress and the broken
+    images known by then.
+    """
+    chosen = on_main(functools.partial(newest_checkpoint, run_dir, log))
+    if chosen is None:
         log.say(f"{run_dir} has no checkpoint yet: starting from step 0")
-        return Progress()
-    state, folder, warnings = load_checkpoint(run_dir / "checkpoints")
-    for line in warnings:
-        log.warn(line)
+        return Progress(), []
+    state = read_checkpoint(chosen)
     if state["num_images"] != plan.num_images:
         raise DataError(
             f"data.train: the run was started on {state['num_images']} images, now there are "
@@ -326,8 +362,20 @@ def restore(
     task.load_state_dict(state["task"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    log.say(f"resuming {folder} at step {state['step']:,} of {plan.total_steps:,}")
-    return Progress(**state["progress"])
+    if is_main_process():
+        save_result(run_dir, task)  # a kill may have come between the checkpoint and the backbone
+    log.say(f"resuming {chosen} at step {state['step']:,} of {plan.total_steps:,}")
+    return Progress(**state["progress"]), state["broken"]
+
+
+def newest_checkpoint(run_dir: Path, log: RunLog) -> Path | None:
+    """The newest undamaged checkpoint, warning about damaged ones; None before the first."""
+    if not list_checkpoints(run_dir / "checkpoints"):
+        return None
+    _, folder, warnings = load_checkpoint(run_dir / "checkpoints")
+    for line in warnings:
+        log.warn(line)
+    return folder
 
 
 def make_schedules(settings: PretrainConfig, plan: Plan) -> dict[str, Schedule]:
@@ -427,11 +475,11 @@ def save_result(run_dir: Path, task: DinoTask) -> None:
     """The teacher as a timm folder, and both heads beside it."""
     save_backbone(task.teacher.backbone, run_dir / "backbone")
     heads = {
-        f"{branch}.{name}": tensor.detach().cpu().contiguous()
+        f"{branch}.{name}": tensor
         for branch in ("teacher", "student")
         for name, tensor in getattr(task, branch).head.state_dict().items()
     }
-    write_atomic(run_dir / "heads.safetensors", lambda path: save_file(heads, path))
+    write_tensors(run_dir / "heads.safetensors", heads)
 
 
 def describe_run(
@@ -450,9 +498,9 @@ def describe_run(
 def finish(settings: PretrainConfig, progress: Progress, broken: BrokenImages, log: RunLog) -> None:
     """Say how it ended. Raises DataError or Interrupted when it ended early."""
     run_dir = settings.run_dir
+    if broken.too_many():
+        raise DataError(broken.verdict())
     if progress.stopped:
-        if broken.too_many():
-            raise DataError(broken.verdict())
         raise Interrupted(
             f"stopped after step {progress.step}: {progress.stopped}. Everything is saved; "
             f"continue with: dino-kd pretrain {run_dir} resume=true"

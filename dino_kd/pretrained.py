@@ -18,14 +18,14 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from dino_kd.config import load_settings
 from dino_kd.engine.checkpoint import load_checkpoint
 from dino_kd.errors import CheckpointError, ConfigError, UserError, unknown_name
-from dino_kd.files import write_atomic, write_json
+from dino_kd.files import write_json, write_tensors
 from dino_kd.models.backbone import Backbone, as_size, create_backbone
 from dino_kd.models.dino_weights import choose_branch, read_dino_weights
 from dino_kd.schema import CropSettings, DataSettings, ModelSettings, PretrainConfig
@@ -148,11 +148,8 @@ def save_backbone(backbone: Backbone, folder: str | Path) -> None:
     the disk is full or not writable.
     """
     folder = Path(folder)
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.net.state_dict().items()}
     write_json(folder / CONFIG_FILE, _timm_config(backbone))
-    write_atomic(
-        folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"})
-    )
+    write_tensors(folder / WEIGHTS_FILE, backbone.net.state_dict())
 
 
 def backbone_hash(backbone: Backbone) -> str:

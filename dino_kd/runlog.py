@@ -279,7 +279,23 @@ class RunLog:
 
             yield to_tensorboard
         if self._tracker != "none":
-            yield make_tracker(self._tracker, self.run_dir)
+            yield self._forgiving(make_tracker(self._tracker, self.run_dir))
+
+    def _forgiving(self, sink: Sink) -> Sink:
+        """A tracker that is left out, with one warning, once it cannot be reached."""
+        lost = False
+
+        def send(step: int, values: dict[str, float]) -> None:
+            nonlocal lost
+            if lost:
+                return
+            try:
+                sink(step, values)
+            except OSError as error:  # requests' ConnectionError is one
+                lost = True
+                self.warn(f"log.tracker={self._tracker} failed and is left out now: {error}")
+
+        return send
 
 
 def read_broken(run_dir: str | Path) -> list[str]:

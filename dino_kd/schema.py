@@ -262,7 +262,10 @@ class OptimSettings(Settings):
         256, "Images per optimiser step, over all processes and micro-batches.", unit="images"
     )
     accumulate: PositiveInt = setting(
-        1, "Micro-batches per step; same result, less memory.", free=True
+        1,
+        "Micro-batches per step: less memory, the same result but for drop path and batch norm, "
+        "which see the micro-batch.",
+        free=True,
     )
     length: RunLength = setting("100ep", "Length of the run.", unit="steps or 'ep'")
     base_lr: PositiveFloat = setting(

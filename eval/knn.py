@@ -30,7 +30,7 @@ from dino_kd import knn
 from dino_kd.config import load_settings
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.specs import make_dataset
-from dino_kd.distributed import barrier, is_main_process, process_group, world_size
+from dino_kd.distributed import is_main_process, process_group, world_size
 from dino_kd.engine.precision import choose_precision
 from dino_kd.errors import CheckpointError, ConfigError
 from dino_kd.features import FeatureBank, default_resize, extract_features, pixel_features
@@ -193,13 +193,9 @@ def open_subject(settings: KnnConfig, device: torch.device) -> Subject:
 
 
 def open_images(settings: KnnConfig, name: str, channels: int) -> ImageDataset:
-    """The dataset of the setting `name`; only the main process downloads. Raises UserError."""
+    """The dataset of the setting `name`. Raises UserError."""
     spec = getattr(settings, name)
-    if settings.download:
-        if is_main_process():
-            make_dataset(spec, channels=channels, download=True, where=name)
-        barrier()
-    return make_dataset(spec, channels=channels, where=name)
+    return make_dataset(spec, channels=channels, download=settings.download, where=name)
 
 
 def result_path(settings: KnnConfig) -> Path | None:

@@ -233,6 +233,32 @@ def test_resume_of_a_finished_run_keeps_its_result(images, tmp_path, whole):
     assert_same_run(run, whole)
 
 
+def test_resume_brings_back_a_backbone_that_a_kill_left_out(images, tmp_path, whole):
+    """The kill came between the last checkpoint and the backbone's files."""
+    run = pretrain(settings(images, tmp_path / "run"))
+    (run / "backbone" / "model.safetensors").unlink()
+    (run / "checkpoints" / ".step_00000009.tmp-1").mkdir()
+    pretrain(settings(images, run, "resume=true"))
+    expected = (whole / "backbone" / "model.safetensors").read_bytes()
+    assert (run / "backbone" / "model.safetensors").read_bytes() == expected
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_the_same_command_resumes_when_the_horizon_is_given(images, tmp_path):
+    words = ["teacher.horizon_images=100", "resume=auto"]
+    run = pretrain(settings(images, tmp_path / "run", *words))
+    stored = load_settings(PretrainConfig, [str(run / "config.yaml")], command="pretrain")
+    assert stored.teacher.momentum == pytest.approx(0.84)
+    assert stored.resume is False  # the file can start another run
+    pretrain(settings(images, run, *words))
+
+
+def test_a_signal_during_the_last_step_does_not_undo_a_finished_run(images, tmp_path, monkeypatch):
+    interrupt_at(8, monkeypatch)
+    run = pretrain(settings(images, tmp_path / "run"))
+    assert final_state(run)["step"] == 8
+
+
 def test_free_settings_may_change_on_resume_others_are_refused_with_a_diff(images, tmp_path):
     run = pretrain(settings(images, tmp_path / "run"))
     pretrain(settings(images, run, "resume=true", "log.log_every=2", "optim.accumulate=2"))
@@ -331,6 +357,17 @@ def test_broken_images_are_skipped_counted_and_listed(tmp_path):
     assert read_metrics(run)[-1]["broken_images"] == 1
 
 
+def test_broken_images_between_log_lines_and_at_the_end_count_too(tmp_path):
+    """Two epochs and no logged step but the first and the last."""
+    folder = write_images(tmp_path / "images", count=40)
+    for path in sorted(folder.rglob("*.jpg"))[1:10]:
+        path.write_bytes(b"not a picture")
+    words = ["log.log_every=100", "log.save_every=100", "data.max_broken_share=0.21"]
+    with pytest.raises(UserError, match=r"9 of 40 images cannot be read"):
+        pretrain(settings(folder, tmp_path / "run", *words))
+    assert len((tmp_path / "run" / "broken_images.txt").read_text().splitlines()) == 9
+
+
 def test_too_many_broken_images_stop_the_run_with_the_share(tmp_path):
     folder = write_images(tmp_path / "images", count=40)
     for path in sorted(folder.rglob("*.jpg"))[1:8]:
@@ -364,6 +401,22 @@ BAD = {
     "warm-up too long": (["optim.warmup=9"], "whole run has 8"),
     "two ways of EMA": (["teacher.momentum=0.9", "teacher.horizon_images=99"], "both set the EMA"),
     "means": (["data.mean=[0.5]"], "1 numbers for model.in_chans=3"),
+    "fixed input size": (
+        [
+            "model.backbone=mixer_s32_224",
+            "model.patch_size=null",
+            "model.args={}",
+            "crops.global_size=64",
+            "crops.local_size=32",
+        ],
+        "mixer_s32_224 does not take 32 x 32 px beside 64 x 64",
+    ),
+    "drop path twice": (["model.args={drop_path_rate: 0.2}"], "set by model.drop_path"),
+    "long value": (["model.args={" + "depth: 1, " * 40 + "no_such: 1}"], "no_such"),
+    "other classes": (
+        ["monitor.train={images}", "monitor.test={renamed}"],
+        "classes that the training images lack",
+    ),
     "run inside data": (["run_dir={images}/run"], "inside the training folder"),
 }
 
@@ -371,13 +424,15 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_a_sentence_and_exit_code_2(images, tmp_path, capsys, case):
     words, expected = BAD[case]
-    places = {name: tmp_path / name for name in ("empty", "texts", "flat")}
+    places = {name: tmp_path / name for name in ("empty", "texts", "flat", "renamed")}
     for place in places.values():
         place.mkdir()
     (places["texts"] / "notes.txt").write_text("no picture")
     for path in sorted(images.rglob("*.jpg"))[:20]:
         (places["flat"] / path.name).write_bytes(path.read_bytes())
-    words = [w.format(images=images, **places) for w in words]
+    write_images(places["renamed"], count=4, classes=3)
+    for name, place in {"images": images, **places}.items():
+        words = [w.replace("{" + name + "}", str(place)) for w in words]
     given = {w.split("=")[0] for w in words}
     base = [*TINY, f"data.train={images}", f"run_dir={tmp_path}/run"]
     argv = [w for w in base if w.split("=")[0] not in given] + words

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 from dino_kd.data.dataset import GreyImages, ImageDataset, Subset, require_labels, subset
 from dino_kd.data.folder import FolderImages, ListedImages, open_folder
 from dino_kd.data.torchvision_sets import TorchvisionImages, set_name, split_names
+from dino_kd.distributed import on_main
 from dino_kd.errors import ConfigError, DataError, did_you_mean, unknown_name
 
 SPEC_FORMS = {
@@ -56,9 +58,12 @@ def make_dataset(
     else:
         name = _SHORT_NAMES[scheme]
     path, split = _path_and_split(rest, split_names(name), where)
-    return TorchvisionImages(
-        name, path, split, channels=channels, download=download, spec=spec, where=where
+    open_set = functools.partial(
+        TorchvisionImages, name, path, split, channels=channels, spec=spec, where=where
     )
+    if download:
+        on_main(lambda: bool(open_set(download=True)))  # one process fetches, the others wait
+    return open_set(download=False)
 
 
 def _accepted() -> str:

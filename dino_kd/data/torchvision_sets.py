@@ -95,11 +95,11 @@ class TorchvisionImages:
         """Image `index` as uint8 [H, W, C]. Raises BrokenImage."""
         try:
             image = self._set[index][0]
+            if isinstance(image, (str, os.PathLike)):
+                return decode_image(image, self.channels)
+            return picture_to_array(image, self.channels)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise BrokenImage(self.path(index), str(error)) from error
-        if isinstance(image, (str, os.PathLike)):
-            return decode_image(image, self.channels)
-        return picture_to_array(image, self.channels)
 
     def path(self, index: int) -> str:
         """The data set and the number of the image in it."""

@@ -77,6 +77,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         raise disk_error(final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    # Newer ones are damaged, or this run would have resumed from them: they may not outlive it.
+    for other in list_checkpoints(folder):
+        if _step_of(other) > step:
+            shutil.rmtree(other, ignore_errors=True)
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -102,7 +106,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:

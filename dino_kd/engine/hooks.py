@@ -83,8 +83,8 @@ class KnnMonitor:
 class BrokenImages:
     """Collects broken images on all processes, lists them, and stops the run when there are many.
 
-    `record` is called where batches are taken; the hook exchanges what was found every
-    `log_every` steps, so that all processes count the same.
+    `record` is called where batches are taken; `exchange` shares what was found, at every logged
+    step and before every save, so that all processes count the same.
     """
 
     def __init__(
@@ -94,11 +94,10 @@ class BrokenImages:
         *,
         num_images: int,
         max_share: float,
-        log_every: int,
         known: Iterable[str] = (),
     ) -> None:
         self.write, self.stop = write, stop
-        self.num_images, self.max_share, self.log_every = num_images, max_share, log_every
+        self.num_images, self.max_share = num_images, max_share
         self.paths: set[str] = set(known)
         self.new: list[BrokenImage] = []
 
@@ -107,15 +106,19 @@ class BrokenImages:
         self.new.extend(found)
 
     def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
-        if done % self.log_every:
+        if not row:  # all ranks log the same steps
             return {}
+        self.exchange()
+        if self.too_many():
+            self.stop.request(self.verdict())
+        return {"broken_images": float(len(self.paths))}
+
+    def exchange(self) -> None:
+        """Share and list what is new; every process must call it."""
         unseen = {b.path: b for b in all_gather_objects(self.new) if b.path not in self.paths}
         self.new = []
         self.paths.update(unseen)
         self.write([(b.path, b.reason) for b in unseen.values()])
-        if self.too_many():
-            self.stop.request(self.verdict())
-        return {"broken_images": float(len(self.paths))} if row else {}
 
     def verdict(self) -> str:
         """The sentence that ends a run with too many broken images."""

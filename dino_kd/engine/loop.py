@@ -143,8 +143,9 @@ def fit(
     """Train `task` from ``progress.step`` to ``options.total_steps``, or until `stop` is raised.
 
     One optimiser step: every micro-batch adds its share of the gradient; a non-finite step is
-    skipped whole (network, EMA and centre stay as they were); all ranks agree on ending. The
-    result does not depend on the number of micro-batches.
+    skipped whole (network, EMA and centre stay as they were); all ranks agree on ending. Up to
+    rounding the result does not depend on the number of micro-batches, unless the network draws
+    random numbers (drop path) or normalises over the batch.
 
     Raises:
         Diverged: `max_bad_steps` non-finite steps in a row.
@@ -161,9 +162,9 @@ def fit(
         apply_values(optimizer, values)
         values["measure"] = float(measure)
         loss, metrics = _accumulate_gradients(module, batch, values, scaler, options)
-        scaler.unscale_(optimizer)
         if values.get("freeze_last_layer"):
             drop_frozen_gradients(optimizer)
+        scaler.unscale_(optimizer)
         norm = clip_gradients(optimizer, options.clip_grad)
         loss_now, norm_now, must_stop = _agree(loss, norm, stop)
 
@@ -187,7 +188,7 @@ def fit(
             clock.restart()
         if progress.bad_in_a_row >= options.max_bad_steps:
             raise Diverged(_divergence_report(progress, loss_now, norm_now, options))
-        if must_stop:
+        if must_stop and done < options.total_steps:
             progress.stopped = stop.reason or "another process asked to stop"
         if progress.stopped or is_time(done, options.save_every, options.total_steps):
             save(progress)
@@ -276,5 +277,5 @@ def _divergence_report(progress: Progress, loss: float, norm: float, options: Fi
     return (
         f"training diverged: {culprit} was {value} for {progress.bad_in_a_row} steps in a row "
         f"(up to step {progress.step}); none of them was applied. {advice}. "
-        "The last checkpoint is from before that."
+        "Earlier checkpoints are kept."
     )

@@ -225,6 +225,8 @@ def create_backbone(
     """
     if not timm.is_model(name):
         raise unknown_name("backbone", name, timm.list_models(), where="model.backbone")
+    if args and "drop_path_rate" in args:
+        raise ConfigError("model.args: drop_path_rate is set by model.drop_path; leave it out here")
     size = as_size(img_size)
     required = {**(args or {}), "in_chans": in_chans, "num_classes": 0}
     if patch_size is not None:

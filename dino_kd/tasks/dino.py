@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.data.multicrop import Crops
+from dino_kd.distributed import all_reduce_mean, world_size
 from dino_kd.engine.health import perplexity, rankme
 from dino_kd.losses.dino import Center, center_and_sharpen, dino_cross_entropy
 from dino_kd.models.backbone import Backbone
@@ -117,11 +118,23 @@ class DinoTask(nn.Module):
         else:
             update_teacher(self.student, self.teacher, values["momentum"], self.teacher_buffers)
             self.center.commit()
+            self._average_statistics()
         self._statistics_before = []
 
     def _statistics(self) -> list[Tensor]:
         """Batch-norm buffers, which a forward pass changes in place; none in a ViT."""
         return [buffer for module in self._batch_norms for buffer in module.buffers()]
+
+    def _average_statistics(self) -> None:
+        """Mean of the batch-norm statistics over processes, so that all score and save the same."""
+        floating = [buffer for buffer in self._statistics() if buffer.is_floating_point()]
+        if world_size() == 1 or not floating:
+            return
+        packed = all_reduce_mean(torch.cat([buffer.flatten() for buffer in floating]))
+        for buffer, mean in zip(
+            floating, packed.split([buffer.numel() for buffer in floating]), strict=True
+        ):
+            buffer.copy_(mean.view_as(buffer))
 
     def _remember_statistics(self) -> None:
         if self.training and not self._statistics_before:

@@ -57,6 +57,16 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, damage):
     assert "step_00000002" in warnings[0]
 
 
+def test_saving_after_a_fallback_keeps_the_good_ones(tmp_path):
+    """A damaged newer checkpoint must not push the good ones out."""
+    for step in (20, 30):
+        save_checkpoint(tmp_path, step, state(step), keep=2)
+    (tmp_path / "step_00000030" / "state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, 25, state(25), keep=1)
+    assert load_checkpoint(tmp_path)[0]["step"] == 25
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000025"]
+
+
 def test_all_damaged_is_an_error_that_names_them(tmp_path):
     save_checkpoint(tmp_path, 1, state(1), keep=1)
     (tmp_path / "step_00000001" / "state.pt").write_bytes(b"")
