@@ -28,7 +28,7 @@ from dino_kd.pretrained import load_backbone
 from dino_kd.schema import PretrainConfig
 from dino_kd.visualize import attention_iou, save_attention_picture
 
-BANK, QUERIES = "textures:train:2000", "textures:test:1000"  # labelled; QUERIES are held out
+BANK, QUERIES = "textures:train:1000", "textures:test:1000"  # labelled; QUERIES are held out
 NEIGHBOURS = 20
 SHOWN = 8  # images in the attention picture
 DEFAULT_RUN_DIR = "runs/demo"

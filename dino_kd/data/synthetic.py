@@ -2,7 +2,7 @@
 
 `synthetic:textures`: a smooth random blob on a background of smooth low-contrast noise. The class
 is the blob's texture, and nothing else tells it: place, size, shape, rotation, phase, scale,
-polarity, contrast, light and tint are drawn for each image. A texture survives the
+polarity, contrast, background and tint are drawn for each image. A texture survives the
 augmentations and shows in a local crop; aligned pixels do not repeat, so raw pixels say little.
 Every image follows from (name, split, index) alone.
 """
@@ -24,15 +24,16 @@ _TURN = 2 * np.pi
 _LABEL_STREAM = 2**62  # beyond every image's index
 
 # What varies from image to image, as (low, high) of uniform draws.
-_BRIGHTNESS = (120.0, 136.0)  # levels; constant in an image, so kept nearly equal between images
-_BACKGROUND_SHIFT = (-10.0, 10.0)  # background less blob, levels
+# Whatever is constant in an image and differs between images is learned instead of the texture:
+# brightness and contrast vary little.
+_BRIGHTNESS = (120.0, 136.0)  # of the blob, levels
+_BACKGROUND_SHIFT = (-20.0, 20.0)  # background less blob, levels
 _CONTRAST = (45.0, 55.0)  # deviation of the texture, levels
 _TINT = (0.97, 1.03)  # factor of each channel: near grey, or colour is all that is learned
 _PERIOD = (5.0, 6.0)  # of the texture, pixels
 _BLOB_RADIUS = (8.0, 11.0)  # pixels
 _BLOB_PARTS = 4
-_ZONES = 2  # pieces of the blob with a rotation and phase of their own
-_LIGHT = 25.0  # deviation of smooth light and shade over the whole image, levels
+_ZONES = 3  # pieces of the blob with a rotation and phase of their own
 _BACKGROUND_NOISE = 8.0  # levels, smooth
 _SENSOR_NOISE = 4.0  # levels, per pixel
 
@@ -173,15 +174,10 @@ def draw(texture: Texture, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     surface = _surface(texture, rng)
     surface = (surface - surface[mask].mean()) / (surface[mask].std() + 0.15)
     brightness = rng.uniform(*_BRIGHTNESS)
-    background = (
-        brightness
-        + rng.uniform(*_BACKGROUND_SHIFT)
-        + _BACKGROUND_NOISE * _smooth(rng, _NOISE_WEIGHTS)
-    )
+    background = brightness + rng.uniform(*_BACKGROUND_SHIFT) + _BACKGROUND_NOISE * _smooth(rng)
     blob = brightness + rng.uniform(*_CONTRAST) * surface
     alpha = np.clip((field - 0.5) * 4 + 0.5, 0, 1)  # soft edge
     image = background + alpha * (blob - background)
-    image += _LIGHT * _smooth(rng, _LIGHT_WEIGHTS)
     image = image[..., None] * rng.uniform(*_TINT, size=3)
     image += rng.normal(size=(SIDE, SIDE, 1)) * _SENSOR_NOISE
     return np.clip(image, 0, 255).astype(np.uint8), mask
@@ -211,10 +207,10 @@ def _surface(texture: Texture, rng: np.random.Generator) -> np.ndarray:
     return texture(u, v) * rng.choice([-1.0, 1.0])
 
 
-def _smooth(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
+def _smooth(rng: np.random.Generator) -> np.ndarray:
     """Smooth noise [32, 32] of deviation about 1: normal values on a coarse grid, interpolated."""
-    knots = weights.shape[1]
-    return weights @ rng.standard_normal((knots, knots)) @ weights.T
+    knots = _SPREAD.shape[1]
+    return _SPREAD @ rng.standard_normal((knots, knots)) @ _SPREAD.T
 
 
 def _interpolation(size: int, knots: int) -> np.ndarray:
@@ -228,4 +224,4 @@ def _interpolation(size: int, knots: int) -> np.ndarray:
     return matrix
 
 
-_LIGHT_WEIGHTS, _NOISE_WEIGHTS = _interpolation(SIDE, 3), _interpolation(SIDE, 5)
+_SPREAD = _interpolation(SIDE, 5)
