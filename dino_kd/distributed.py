@@ -100,12 +100,6 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every process arrives."""
-    if is_grouped():
-        dist.barrier()
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over processes, in place; also returned."""
     if is_grouped():
@@ -116,16 +110,6 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Mean over processes, in place; also returned."""
     return all_reduce_sum(tensor).div_(world_size())
-
-
-def agree_max(value: int) -> int:
-    """The largest `value` of all processes: how ranks agree to stop."""
-    if not is_grouped():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return int(flag)
 
 
 def broadcast(value: T) -> T:
