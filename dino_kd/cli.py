@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dino_kd import __version__
-from dino_kd.errors import ConfigError, UserError, unknown_name
+from dino_kd.errors import ConfigError, Interrupted, UserError, unknown_name
 
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
@@ -57,6 +57,9 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
         return code
     except HelpRequested as asked:
         return _print_quietly(str(asked))
+    except Interrupted as stopped:  # somebody asked for it: no error
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except UserError as error:
         _print_error(error)
         return error.exit_code

@@ -131,7 +131,7 @@ def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
     if horizon > seen / 2:
         warnings.append(
             f"the teacher averages over {horizon:,.0f} images but the run sees only {seen:,}; it "
-            "will hardly leave its random start. Train longer, or lower teacher.momentum"
+            "will hardly leave its random start. Train longer (optim.length)"
         )
     if settings.teacher.temp > 0.075:
         warnings.append(

@@ -74,6 +74,7 @@ def pretrain(settings: PretrainConfig) -> Path:
     with stop.listening(), process_group(settings.device) as device, ExitStack() as cleanup:
         # Check: nothing is written until all of this has passed.
         precision = choose_precision(settings.optim.precision, device)
+        settings = with_absolute_path(settings)
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
         settings, notes = resolve_auto(settings, plan, precision)
@@ -95,7 +96,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         log.write_environment({"device": str(device), "precision": precision})
         for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
             log.say(line)
-        for line in warn_about(settings, plan):
+        for line in [] if continued else warn_about(settings, plan):
             log.warn(line)
 
         # Build what trains.
@@ -112,6 +113,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         broken = BrokenImages(
             log.broken,
             stop,
+            run_dir=run_dir,
             num_images=len(dataset),
             max_share=settings.data.max_broken_share,
             known=broken_before,
@@ -173,6 +175,17 @@ def pretrain(settings: PretrainConfig) -> Path:
         )
         finish(settings, progress, broken, log)
     return run_dir
+
+
+def with_absolute_path(settings: PretrainConfig) -> PretrainConfig:
+    """A relative training folder or list made absolute, so that a resume works from anywhere."""
+    spec = settings.data.train
+    path = Path(spec.removeprefix("folder:")).expanduser()
+    if not path.exists():
+        return settings
+    prefix = "folder:" if spec.startswith("folder:") else ""
+    data = settings.data.model_copy(update={"train": f"{prefix}{path.absolute()}"})
+    return settings.model_copy(update={"data": data})
 
 
 def training_images(settings: PretrainConfig) -> ImageDataset:
@@ -331,7 +344,8 @@ def refuse_changes(settings: PretrainConfig, run_dir: Path) -> None:
         raise ConfigError(
             f"these settings cannot change when {run_dir} is resumed (stored -> given):\n"
             + "\n".join(fixed)
-            + "\nGive the stored values, or start a new run in another run_dir."
+            + "\nGive the stored values, or start a new run in another run_dir; to train on from "
+            f"these weights, give it model.init_from={run_dir}."
         )
 
 
@@ -499,11 +513,19 @@ def finish(settings: PretrainConfig, progress: Progress, broken: BrokenImages, l
     """Say how it ended. Raises DataError or Interrupted when it ended early."""
     run_dir = settings.run_dir
     if broken.too_many():
+        log.record(broken.verdict())
         raise DataError(broken.verdict())
+    if broken.paths:
+        log.warn(
+            f"{len(broken.paths)} images could not be read and were replaced by others; they are "
+            f"listed in {run_dir}/broken_images.txt"
+        )
     if progress.stopped:
-        raise Interrupted(
+        reason = (
             f"stopped after step {progress.step}: {progress.stopped}. Everything is saved; "
             f"continue with: dino-kd pretrain {run_dir} resume=true"
         )
+        log.record(reason)
+        raise Interrupted(reason)
     log.say(f"done: {progress.step:,} steps; the backbone is in {run_dir}/backbone")
     log.say(f"score it: dino-kd knn backbone={run_dir} train=LABELLED_IMAGES test=OTHER_IMAGES")

@@ -114,6 +114,11 @@ class RunLog:
         """A sentence that asks for attention; goes to stderr and train.log."""
         self._say(f"warning: {text}", sys.stderr)
 
+    def record(self, text: str) -> None:
+        """A sentence for train.log alone: why the run ends, which the command itself will print."""
+        if self.is_main:
+            self._append("train.log", f"{_now()}  {text}\n")
+
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and the tracker.
 
@@ -226,7 +231,7 @@ class RunLog:
     def _say(self, text: str, stream: Any) -> None:
         if self.is_main:
             self._print(text, stream)
-            self._append("train.log", f"{_now()}  {text}\n")
+            self.record(text)
 
     def _print(self, text: str, stream: Any) -> None:
         encoding = stream.encoding or "utf-8"  # a path may hold what the terminal cannot show

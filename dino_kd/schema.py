@@ -233,7 +233,8 @@ class TeacherSettings(Settings):
     momentum_end: Share = setting(1.0, "EMA coefficient at the end of the cosine.")
     horizon_images: Auto | PositiveInt = setting(
         "auto",
-        "EMA memory B / (1 - momentum); auto: the smaller of 256,000 and 10 % of the run.",
+        "EMA memory B / (1 - momentum); auto: the smaller of 256,000 and 10 % of the run, but at "
+        "least 20 batches.",
         unit="images",
     )
     buffers: Literal["own", "ema", "copy"] = setting(
@@ -302,7 +303,10 @@ class LogSettings(Settings):
     """What is written while training."""
 
     log_every: PositiveInt = setting(
-        10, "Write metrics every so many steps.", unit="steps", free=True
+        10,
+        "Write metrics every so many steps; the console shows a line at most every 10 s.",
+        unit="steps",
+        free=True,
     )
     save_every: Interval = setting(
         "5%",
@@ -386,7 +390,9 @@ class KnnConfig(Settings):
         "teacher", "Which network of a run directory; untrained: the one it started from."
     )
     k: list[PositiveInt] = setting(
-        [1, 5, 10, 20, 50, 100, 200], "Neighbours; all from one search.", min_length=1
+        [1, 5, 10, 20, 50, 100, 200],
+        "Neighbours, one number or a list; all from one search.",
+        min_length=1,
     )
     temperature: PositiveFloat = setting(0.07, "A vote weighs exp(cosine / temperature).")
     search: Literal["torch", "faiss"] = setting(
@@ -408,6 +414,13 @@ class KnnConfig(Settings):
     output: Text | None = setting(
         None, "JSON file for the result; none: eval/knn_BRANCH.json in a run directory."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_k_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and type(values.get("k")) is int:
+            return {**values, "k": [values["k"]]}
+        return values
 
 
 COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}

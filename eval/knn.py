@@ -290,6 +290,11 @@ def notes(
             f"only {len(bank.features)} images vote, fewer than k = "
             f"{', '.join(map(str, clamped))}: all of them vote there"
         )
+    both = len(
+        {test.path(i) for i in range(len(test))} & {train.path(i) for i in range(len(train))}
+    )
+    if both:
+        found.append(f"{both} of {len(test)} test images are also in train: the score flatters")
     untested = sorted(set(train.class_names or ()) - set(test.class_names or ()))
     if untested:
         shown = ", ".join(untested[:5]) + (" ..." if len(untested) > 5 else "")

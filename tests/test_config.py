@@ -393,3 +393,8 @@ def test_settings_load_without_torch() -> None:
         "assert not {'torch', 'numpy', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_one_k_may_be_given_without_brackets() -> None:
+    words = ["backbone=x", "train=a", "test=b", "k=20"]
+    assert load_settings(KnnConfig, words, command="knn").k == [20]

@@ -253,6 +253,19 @@ def test_the_same_command_resumes_when_the_horizon_is_given(images, tmp_path):
     pretrain(settings(images, run, *words))
 
 
+def test_a_run_with_a_relative_folder_resumes_from_anywhere(images, tmp_path, monkeypatch, whole):
+    monkeypatch.chdir(images.parent)
+    interrupt_at(3, monkeypatch)
+    with pytest.raises(UserError, match="received SIGTERM"):
+        pretrain(settings(images.name, tmp_path / "run"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    words = [str(tmp_path / "run"), "resume=true"]
+    run = pretrain(load_settings(PretrainConfig, words, command="pretrain"))
+    assert_same_run(run, whole)
+    assert "received SIGTERM" in (run / "train.log").read_text()
+
+
 def test_a_signal_during_the_last_step_does_not_undo_a_finished_run(images, tmp_path, monkeypatch):
     interrupt_at(8, monkeypatch)
     run = pretrain(settings(images, tmp_path / "run"))
@@ -355,6 +368,7 @@ def test_broken_images_are_skipped_counted_and_listed(tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith(f"{bad}\t")
     assert read_metrics(run)[-1]["broken_images"] == 1
+    assert "1 images could not be read and were replaced" in (run / "train.log").read_text()
 
 
 def test_broken_images_between_log_lines_and_at_the_end_count_too(tmp_path):

@@ -7,6 +7,7 @@ that step when it is a logged one, else it is empty. What it returns is added to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,12 +93,13 @@ class BrokenImages:
         write: Callable[[list[tuple[str, str]]], object],
         stop: StopFlag,
         *,
+        run_dir: Path,
         num_images: int,
         max_share: float,
         known: Iterable[str] = (),
     ) -> None:
         self.write, self.stop = write, stop
-        self.num_images, self.max_share = num_images, max_share
+        self.run_dir, self.num_images, self.max_share = run_dir, num_images, max_share
         self.paths: set[str] = set(known)
         self.new: list[BrokenImage] = []
 
@@ -124,7 +126,9 @@ class BrokenImages:
         """The sentence that ends a run with too many broken images."""
         return (
             f"{len(self.paths)} of {self.num_images} images cannot be read, more than "
-            f"data.max_broken_share={self.max_share}; see broken_images.txt in the run directory"
+            f"data.max_broken_share={self.max_share}; the first is {min(self.paths)}, all are in "
+            f"{self.run_dir}/broken_images.txt. Remove or replace them, or go on with a larger "
+            "data.max_broken_share and resume=true"
         )
 
     def too_many(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -150,7 +151,7 @@ def fit(
     Raises:
         Diverged: `max_bad_steps` non-finite steps in a row.
     """
-    module = DistributedDataParallel(task, broadcast_buffers=False) if is_grouped() else task
+    module = _data_parallel(task) if is_grouped() else task
     clock = _Clock()
     for step in range(progress.step, options.total_steps):
         done = step + 1
@@ -195,6 +196,14 @@ def fit(
         if progress.stopped:
             break
     return progress
+
+
+def _data_parallel(task: nn.Module) -> nn.Module:
+    """Gradients are averaged; buffers stay each task's own business."""
+    with warnings.catch_warnings():
+        # torch 2.15 announces another name for the argument, which older versions do not know
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        return DistributedDataParallel(task, broadcast_buffers=False)
 
 
 def step_seed(seed: int, step: int, rank_number: int) -> int:

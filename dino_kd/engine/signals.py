@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,4 +42,9 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.request(f"received {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        if not self.reason:
+            # os.write: print may be interrupted in the middle of itself
+            message = f"\n{name}: stopping after this step and saving; "
+            os.write(2, f"{message}a second Ctrl-C quits at once without saving\n".encode())
+        self.request(f"received {name}")
