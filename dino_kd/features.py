@@ -20,22 +20,33 @@ from dino_kd.distributed import all_gather_objects, all_gather_rows, rank, world
 from dino_kd.errors import DataError
 from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
 
+OUTPUT = "output"  # the part that is always there: what the network itself returns
+
 
 @dataclass
 class FeatureBank:
     """Features of a set of images, on the CPU, complete on every process.
 
     Attributes:
-        features: float32 ``[N, D]``, as the network gives them (not normalised).
+        features: float32 ``[N, D]``, the network's output (not normalised).
         labels: int64 ``[N]``, None when the dataset has none.
         indices: int64 ``[N]``, positions in the dataset, in the order that was asked for.
         broken: images that could not be read; they have no row.
+        parts: further features ``[N, D_part]`` of the same images, by the names of
+            `Backbone.parts`.
+        cached: they were read from a file instead of computed.
     """
 
     features: Tensor
     labels: Tensor | None
     indices: Tensor
     broken: list[BrokenImage] = field(default_factory=list)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    cached: bool = False
+
+    def part(self, name: str) -> Tensor:
+        """The features of one name; ``output`` is `features`."""
+        return self.features if name == OUTPUT else self.parts[name]
 
 
 def extract_features(
@@ -49,6 +60,8 @@ def extract_features(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     indices: Sequence[int] | None = None,
+    parts: Sequence[str] = (),
+    on_batch: Callable[[int], object] | None = None,
 ) -> FeatureBank:
     """One forward pass per image, in eval mode and without gradients.
 
@@ -65,6 +78,8 @@ def extract_features(
         device: where the network is.
         precision: "fp32" or "bf16" (autocast); the bank is float32 in both.
         indices: which images; None: all.
+        parts: further features of the same forward pass, by the names of `Backbone.parts`.
+        on_batch: told the number of images after every batch of this process.
 
     Raises:
         ConfigError: `size` does not fit the network's patch.
@@ -74,21 +89,23 @@ def extract_features(
     check_input_size(backbone, size, where="image_size")
     device = torch.device(device)
 
-    def forward(images: Tensor) -> Tensor:
+    names = [OUTPUT, *(name for name in parts if name != OUTPUT)]
+
+    def forward(images: Tensor) -> dict[str, Tensor]:
         images = backbone.preprocess(images.to(device, non_blocking=True))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return backbone(images)  # [B, D]
+            return backbone.parts(images, names)
 
     with torch.no_grad(), _evaluation_mode(backbone, device, precision):
         return _collect(
             forward,
-            backbone.embed_dim,
             dataset,
             EvalTransform(size, resize or default_resize(size)),
             indices,
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
+            on_batch=on_batch,
         )
 
 
@@ -101,6 +118,7 @@ def pixel_features(
     batch_size: int = 256,
     num_workers: int = 0,
     indices: Sequence[int] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> FeatureBank:
     """The images themselves as features: pixels in 0..1, ``[N, channels * height * width]``.
 
@@ -108,14 +126,14 @@ def pixel_features(
     """
     size = as_size(size)
     return _collect(
-        lambda images: images.flatten(1).float() / 255,
-        channels * size[0] * size[1],
+        lambda images: {OUTPUT: images.flatten(1).float() / 255},
         dataset,
         EvalTransform(size, resize or default_resize(size)),
         indices,
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=False,
+        on_batch=on_batch,
     )
 
 
@@ -129,8 +147,7 @@ def default_resize(size: int | Sequence[int]) -> int:
 
 
 def _collect(
-    forward: Callable[[Tensor], Tensor],
-    width: int,
+    forward: Callable[[Tensor], dict[str, Tensor]],
     dataset: ImageDataset,
     transform: EvalTransform,
     indices: Sequence[int] | None,
@@ -138,12 +155,14 @@ def _collect(
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
+    on_batch: Callable[[int], object] | None,
 ) -> FeatureBank:
     """Run `forward` over this process's share of the images and gather all shares."""
     wanted = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
     share = np.array_split(wanted, world_size())[rank()]
     broken: list[BrokenImage] = []
-    features, kept = [torch.zeros(0, width)], [torch.zeros(0, dtype=torch.int64)]
+    features: dict[str, list[Tensor]] = {}
+    kept = [torch.zeros(0, dtype=torch.int64)]
     for images, positions in image_batches(
         dataset,
         share,
@@ -153,15 +172,21 @@ def _collect(
         pin_memory=pin_memory,
         on_broken=broken.append,
     ):
-        features.append(forward(images).float().cpu())
+        for name, values in forward(images).items():
+            features.setdefault(name, []).append(values.float().cpu())
         kept.append(positions)
+        if on_batch is not None:
+            on_batch(len(positions))
     all_indices = all_gather_rows(torch.cat(kept))
     if len(all_indices) == 0:
         raise DataError(f"{dataset.spec}: none of its {len(wanted)} images could be read")
+    mine = {name: torch.cat(parts) for name, parts in features.items()}
+    # A process without a single image learns the names and widths from the others.
+    for name, width in sorted(set(all_gather_objects([(n, v.shape[1]) for n, v in mine.items()]))):
+        mine[name] = all_gather_rows(mine.get(name, torch.zeros(0, width)))
     labels = None if dataset.labels is None else torch.as_tensor(dataset.labels)[all_indices]
-    return FeatureBank(
-        all_gather_rows(torch.cat(features)), labels, all_indices, all_gather_objects(broken)
-    )
+    output = mine.pop(OUTPUT)
+    return FeatureBank(output, labels, all_indices, all_gather_objects(broken), mine)
 
 
 @contextlib.contextmanager

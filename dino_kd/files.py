@@ -50,14 +50,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Replace `path` by a safetensors file, atomically.
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Replace `path` by a safetensors file, atomically; `metadata` is text beside the tensors.
 
     Serialised in memory first: the library's own writer hides the reason of a failed write.
     """
     from safetensors.torch import save
 
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
+    about = {"format": "pt", **(metadata or {})}
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, about)
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)

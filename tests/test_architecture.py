@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dino_kd.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Longest match wins; a module may import lower layers, its own package, and within layer 0.
@@ -28,6 +30,7 @@ LAYERS = {
     "dino_kd.models": 1,
     "dino_kd.data": 1,
     "dino_kd.features": 2,
+    "dino_kd.feature_cache": 2,
     "dino_kd.visualize": 2,
     "dino_kd.knn": 2,
     "dino_kd.engine": 3,
@@ -41,10 +44,16 @@ LAYERS = {
     "dino_kd.cli": 8,
     "dino_kd.__main__": 9,
 }
-# The demo is the pretraining story told with an example.
-SIDEWAYS = {("dino_kd.demo", "dino_kd.pretrain")}
+SIDEWAYS = {
+    # the demo is the pretraining story told with an example
+    ("dino_kd.demo", "dino_kd.pretrain"),
+    # what is kept is what was extracted
+    ("dino_kd.feature_cache", "dino_kd.features"),
+}
 # `python -m X` ends in the same error handling as `dino-kd`: one import below `__main__`.
-RUNS_AS_SCRIPT = {"eval.knn"}
+RUNS_AS_SCRIPT = {
+    command.module for command in COMMANDS.values() if not command.module.startswith("dino_kd.")
+}
 
 
 def module_name(file: Path) -> str:

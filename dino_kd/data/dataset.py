@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from dino_kd.data.fingerprint import text_fingerprint
 from dino_kd.data.images import BrokenImage, picture_to_array
 from dino_kd.errors import DataError
 
@@ -35,6 +37,9 @@ class ImageDataset(Protocol):
     def path(self, index: int) -> str:
         """Where image `index` lies, for people."""
 
+    def fingerprint(self) -> str:
+        """A hash that changes when an image, its order or its decoding changes; not for labels."""
+
 
 class Subset:
     """The images `indices` of another data set, in that order."""
@@ -60,6 +65,11 @@ class Subset:
         """Where image `index` of the subset lies."""
         return self.dataset.path(int(self.indices[index]))
 
+    def fingerprint(self) -> str:
+        """The whole set's, and which images were chosen."""
+        chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()
+        return text_fingerprint("subset", self.dataset.fingerprint(), chosen)
+
 
 class GreyImages:
     """An RGB data set seen in one channel: ITU-R 601 luma."""
@@ -80,6 +90,10 @@ class GreyImages:
     def path(self, index: int) -> str:
         """Where image `index` lies."""
         return self.dataset.path(index)
+
+    def fingerprint(self) -> str:
+        """The colour set's, marked as grey."""
+        return text_fingerprint("grey", self.dataset.fingerprint())
 
 
 def subset(dataset: ImageDataset, indices: Sequence[int] | np.ndarray) -> Subset:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dino_kd.data.fingerprint import files_fingerprint
 from dino_kd.data.images import ARRAY_EXTENSION, EXTENSIONS, decode_image
 from dino_kd.errors import DataError
 
@@ -76,6 +77,11 @@ class FolderImages:
         """The file of image `index`."""
         return os.path.join(self.root, self._paths[index])  # noqa: PTH118 - once per image: fast
 
+    def fingerprint(self) -> str:
+        """Path, size and time of change of every file, and the channels."""
+        paths = (self.path(index) for index in range(len(self)))
+        return files_fingerprint(paths, "files", self.channels)
+
 
 class ListedImages:
     """The images named in a text file: one path a line, relative ones relative to the file.
@@ -118,6 +124,11 @@ class ListedImages:
     def path(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self._folder, self._paths[index])  # noqa: PTH118 - as above
+
+    def fingerprint(self) -> str:
+        """Path, size and time of change of every file, and the channels."""
+        paths = (self.path(index) for index in range(len(self)))
+        return files_fingerprint(paths, "files", self.channels)
 
 
 def open_folder(

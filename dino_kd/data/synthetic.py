@@ -9,12 +9,14 @@ Every image follows from (name, split, index) alone.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 
+from dino_kd.data.fingerprint import text_fingerprint
 from dino_kd.errors import ConfigError, unknown_name
 
 SIDE = 32  # pixels
@@ -151,6 +153,11 @@ class SyntheticImages:
     def path(self, index: int) -> str:
         """The data set and the number of the image in it."""
         return f"{self.spec}[{index}]"
+
+    def fingerprint(self) -> str:
+        """The spec, and the first pixels: another version may draw other pictures."""
+        drawn = (self.read(index).tobytes() for index in range(min(8, len(self))))
+        return text_fingerprint(self.spec, *(hashlib.sha256(d).hexdigest() for d in drawn))
 
     def _draw_labels(self, num_images: int) -> np.ndarray:
         """Blocks that hold each class once, each block shuffled."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dino_kd.data.fingerprint import files_fingerprint
 from dino_kd.data.images import BrokenImage, decode_image, picture_to_array
 from dino_kd.errors import DataError, unknown_name
 
@@ -83,6 +84,7 @@ class TorchvisionImages:
     ) -> None:
         self.spec = spec or f"torchvision:{name}:{root}" + (f":{split}" if split else "")
         self.channels = channels
+        self._identity = (name, split, channels)
         self._set = _open(name, Path(root).expanduser(), split, download, where)
         labels = _labels_of(self._set, TORCHVISION_SETS[name].labels)
         self.labels = None if labels is None or labels.min(initial=0) < 0 else labels
@@ -104,6 +106,13 @@ class TorchvisionImages:
     def path(self, index: int) -> str:
         """The data set and the number of the image in it."""
         return f"{self.spec}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Name, split, channels, and every file in the set's folder."""
+        folder = Path(self._set.root)
+        needed = folder / TORCHVISION_SETS[self._identity[0]].needs
+        files = sorted(needed.rglob("*")) if needed.is_dir() else [needed]
+        return files_fingerprint(map(str, files), "torchvision", *self._identity, len(self))
 
 
 def split_names(name: str) -> tuple[str, ...]:

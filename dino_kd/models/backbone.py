@@ -114,13 +114,54 @@ class Backbone(nn.Module):
         """Pooled and spatial features of normalised images ``[N, C, H, W]``."""
         features = self.net.forward_features(x)
         cls = self.net.forward_head(features, pre_logits=True)  # [N, D]
+        return Tokens(cls, *self._split(features, x))
+
+    def _split(self, features: Tensor, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The patches ``[N, P, Dp]`` of final features of the images `x`, and their grid."""
         if features.ndim == 4:
             if _is_channels_last(self.net):
                 features = features.permute(0, 3, 1, 2)
             grid = (features.shape[2], features.shape[3])
-            return Tokens(cls, features.flatten(2).transpose(1, 2), grid)
-        patches = features[:, self.num_prefix_tokens :]  # [N, P, D]
-        return Tokens(cls, patches, self._grid(patches.shape[1], x.shape[-2], x.shape[-1]))
+            return features.flatten(2).transpose(1, 2), grid
+        patches = features[:, self.num_prefix_tokens :]
+        return patches, self._grid(patches.shape[1], x.shape[-2], x.shape[-1])
+
+    def parts(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Several pooled features of normalised images ``[N, C, H, W]`` from one forward pass.
+
+        ``output``: what `forward` returns ``[N, D]``. ``mean``: the mean patch of the final
+        features ``[N, Dp]``. ``block-K``: the class token of the K-th last block after the final
+        norm; without a class token, and for the K-th last stage of a CNN, its mean patch. A network
+        of fewer blocks gives its first one.
+        """
+        depth = max((int(name[len("block-") :]) for name in names if name.startswith("block-")),
+                    default=0)  # fmt: skip
+        blocks: list[Tensor] = []
+        if depth:
+            features, blocks = self._blocks(x, depth)
+        else:
+            features = self.net.forward_features(x)
+        made = {f"block-{k}": blocks[max(0, len(blocks) - k)] for k in range(1, depth + 1)}
+        if "output" in names:
+            made["output"] = self.net.forward_head(features, pre_logits=True)
+        if "mean" in names:
+            made["mean"] = self._split(features, x)[0].mean(1)
+        return {name: made[name] for name in names}
+
+    def _blocks(self, x: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+        """The final features, and one vector of each of the last `count` blocks, in their order."""
+        count = min(count, len(self.net.feature_info) if not self.is_vit else len(self.net.blocks))
+        if not self.is_vit:
+            features, maps = self.net.forward_intermediates(x, indices=count)
+            return features, [stage.mean((2, 3)) for stage in maps]
+        prefix = self.num_prefix_tokens > 0
+        features, found = self.net.forward_intermediates(
+            x, indices=count, norm=True, output_fmt="NLC", return_prefix_tokens=prefix
+        )
+        if prefix and getattr(self.net, "cls_token", None) is not None:
+            return features, [tokens[1][:, 0] for tokens in found]
+        patches = [tokens[0] if prefix else tokens for tokens in found]
+        return features, [block.mean(1) for block in patches]
 
     def resize(self, img_size: int | Sequence[int]) -> Backbone:
         """Make `img_size` (pixels, one side or (height, width)) the network's own input size.

@@ -23,7 +23,7 @@ from eval import knn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-QUIET = ["device=cpu", "num_workers=0"]
+QUIET = ["device=cpu", "num_workers=0", "cache=off"]
 
 
 def write_images(root, classes, per_class, seed):

@@ -179,3 +179,40 @@ def test_drop_path_reaches_the_network_and_not_the_saved_architecture():
 def test_mistakes_are_named(name, options, words):
     with pytest.raises(ConfigError, match=words):
         create_backbone(name, **{"img_size": 32, **options})
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_medium_patch16_gap_256"])
+def test_parts_of_a_vit_are_normed_tokens_of_its_blocks(name):
+    """Against hooks on the blocks and the network's own final norm."""
+    backbone = create_backbone(
+        name, img_size=32, patch_size=8, args={"embed_dim": 32, "depth": 3, "num_heads": 2}
+    ).eval()
+    seen = []
+    for block in backbone.net.blocks:
+        block.register_forward_hook(lambda module, given, made: seen.append(made))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        parts = backbone.parts(x, ["block-3", "mean", "block-1", "output", "block-9"])
+        normed = [backbone.net.norm(tokens) for tokens in seen[:3]]
+        assert torch.equal(parts["output"], backbone(x))
+    has_cls = backbone.net.cls_token is not None
+    of = [t[:, 0] if has_cls else t.mean(1) for t in normed]
+    torch.testing.assert_close(parts["block-3"], of[0])
+    torch.testing.assert_close(parts["block-1"], of[2])
+    torch.testing.assert_close(parts["block-9"], of[0])  # it has no more blocks
+    torch.testing.assert_close(parts["mean"], normed[2][:, backbone.num_prefix_tokens :].mean(1))
+    assert list(parts) == ["block-3", "mean", "block-1", "output", "block-9"]
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "mobilenetv3_small_100", "convnext_atto"])
+def test_parts_of_a_cnn_are_pooled_stages(name):
+    """Against timm's own intermediate maps."""
+    backbone = create_backbone(name, img_size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        parts = backbone.parts(x, ["output", "mean", "block-1", "block-2"])
+        final, maps = backbone.net.forward_intermediates(x)
+        torch.testing.assert_close(parts["output"], backbone(x))
+    torch.testing.assert_close(parts["block-1"], maps[-1].mean((2, 3)))
+    torch.testing.assert_close(parts["block-2"], maps[-2].mean((2, 3)))
+    torch.testing.assert_close(parts["mean"], final.mean((2, 3)))

@@ -1,103 +1,27 @@
-"""Every setting of every command: name, type, default, unit, meaning. The one source for the
-YAML files, `a.b=c` overrides, `--help`, docs/config.md and the checks.
-
-Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`"5%"`).
-`"auto"` values are resolved from the data set's size when the run is built, and printed.
-"""
+"""Settings of `dino-kd pretrain`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from dino_kd.lengths import parse_length
-
-
-def setting(default: Any, meaning: str, *, unit: str = "", free: bool = False, **rules: Any) -> Any:
-    """A field with its meaning and unit; `free` settings may change when a run is resumed."""
-    extra: dict[str, Any] = {"unit": unit, "free_on_resume": free}
-    return Field(default, description=meaning, json_schema_extra=extra, **rules)
-
-
-class Settings(BaseModel):
-    """Common rules: unknown keys are errors, values cannot change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class InWords(NamedTuple):
-    """Rides in a type's metadata: what the type accepts, for `--help` and error messages."""
-
-    accepted: str
-
-
-def _check_length(value: int | str) -> int | str:
-    parse_length(value)
-    return value
-
-
-def _check_interval(value: int | str) -> int | str:
-    if parse_length(value).amount == 0:
-        raise ValueError(f"expected more than 0, got {value!r}")
-    return value
-
-
-def _check_run_length(value: int | str) -> int | str:
-    if parse_length(value).unit == "%":
-        raise ValueError(
-            f"expected steps (500) or epochs ('10ep'), got {value!r}: "
-            "the run's own length cannot be a share of itself"
-        )
-    return _check_interval(value)
-
-
-def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
-    low, high = value
-    if low > high:
-        raise ValueError(f"the first number must not exceed the second, got {[low, high]}")
-    return value
-
-
-Auto = Literal["auto"]
-Text = Annotated[str, Field(min_length=1)]
-Length = Annotated[
-    int | str,
-    AfterValidator(_check_length),
-    InWords("steps (500), epochs ('10ep') or share ('5%')"),
-]
-Interval = Annotated[
-    int | str,
-    AfterValidator(_check_interval),
-    InWords("steps (500), epochs ('10ep') or share ('5%'), more than 0"),
-]
-RunLength = Annotated[
-    int | str, AfterValidator(_check_run_length), InWords("steps (500) or epochs ('10ep')")
-]
-Share = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Size = Annotated[
-    PositiveInt | tuple[PositiveInt, PositiveInt],  # pixels
-    InWords("one side or [height, width], whole numbers > 0"),
-]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
-Range = Annotated[
-    tuple[PositiveFloat, PositiveFloat],
-    AfterValidator(_check_ascending),
-    InWords("[low, high], both > 0"),
-]
-ShareRange = Annotated[
-    tuple[PositiveShare, PositiveShare],
-    AfterValidator(_check_ascending),
-    InWords("[low, high], both > 0 and at most 1"),
-]
-CropShares = Annotated[
-    tuple[Share, Share, Share],  # first global crop, second global crop, local crops
-    InWords("[global 1, global 2, locals], each from 0 to 1"),
-]
+from dino_kd.schema.base import (
+    Auto,
+    CropShares,
+    Interval,
+    Length,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    RunLength,
+    Settings,
+    Share,
+    ShareRange,
+    Size,
+    Text,
+    setting,
+)
 
 
 class DataSettings(Settings):
@@ -369,58 +293,3 @@ class PretrainConfig(Settings):
     optim: OptimSettings = OptimSettings()
     log: LogSettings = LogSettings()
     monitor: MonitorSettings = MonitorSettings()
-
-
-class KnnConfig(Settings):
-    """`dino-kd knn`: score a frozen backbone by weighted nearest neighbours."""
-
-    backbone: Text = setting(
-        ...,
-        "Run directory, 'local-dir:PATH', 'timm:NAME', a DINO or DINOv2 checkpoint file, or "
-        "'pixels' (the image itself, resized).",
-        examples=["runs/first"],
-    )
-    train: Text = setting(
-        ..., "Labelled images that vote, as a dataset spec.", examples=["/path/to/train"]
-    )
-    test: Text = setting(
-        ..., "Labelled images that are scored, as a dataset spec.", examples=["/path/to/test"]
-    )
-    branch: Literal["teacher", "student", "untrained"] = setting(
-        "teacher", "Which network of a run directory; untrained: the one it started from."
-    )
-    k: list[PositiveInt] = setting(
-        [1, 5, 10, 20, 50, 100, 200],
-        "Neighbours, one number or a list; all from one search.",
-        min_length=1,
-    )
-    temperature: PositiveFloat = setting(0.07, "A vote weighs exp(cosine / temperature).")
-    search: Literal["torch", "faiss"] = setting(
-        "torch", "Exact search by torch or faiss; equal answers."
-    )
-    image_size: Size | None = setting(
-        None, "Side of the network's input; none: as it was trained.", unit="px"
-    )
-    resize: PositiveInt | None = setting(
-        None,
-        "Shorter side before the centre crop; none: 8/7 of image_size, or image_size up to 64 px.",
-        unit="px",
-    )
-    batch_size: PositiveInt = setting(256, "Images per forward pass and process.", unit="images")
-    num_workers: Auto | Annotated[int, Field(ge=0)] = setting("auto", "Loader processes.")
-    device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
-    precision: Literal["auto", "bf16", "fp32"] = setting("fp32", "Arithmetic of the forward pass.")
-    download: bool = setting(False, "Let torchvision download the data set when it is missing.")
-    output: Text | None = setting(
-        None, "JSON file for the result; none: eval/knn_BRANCH.json in a run directory."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_k_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and type(values.get("k")) is int:
-            return {**values, "k": [values["k"]]}
-        return values
-
-
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
