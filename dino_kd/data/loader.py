@@ -229,6 +229,7 @@ class _CropMaker:
         shown = torch.from_numpy(indices.copy())
         crops: Crops | None = None
         broken: list[BrokenImage] = []
+        globals_ = self.policy.num_global_crops
         try:
             for slot, index in enumerate(indices.tolist()):
                 image, shown[slot] = self._read(epoch, index, broken)
@@ -238,7 +239,7 @@ class _CropMaker:
                     crops = self._buffers(len(indices), image.shape[2])
                     buffers = crops.global_crops.numpy(), crops.local_crops.numpy()
                 for number, rendered in enumerate(render_crops(image, params)):
-                    group, place = (0, number) if number < 2 else (1, number - 2)
+                    group, place = (0, number) if number < globals_ else (1, number - globals_)
                     buffers[group][place, slot] = rendered
         except UserError as error:  # carried to the main process, free of the loader's traceback
             return error
@@ -248,7 +249,9 @@ class _CropMaker:
     def _buffers(self, batch: int, channels: int) -> Crops:
         policy = self.policy
         return Crops(
-            torch.empty((2, batch, channels, *policy.global_size), dtype=torch.uint8),
+            torch.empty(
+                (policy.num_global_crops, batch, channels, *policy.global_size), dtype=torch.uint8
+            ),
             torch.empty(
                 (policy.num_local_crops, batch, channels, *policy.local_size), dtype=torch.uint8
             ),

@@ -40,6 +40,7 @@ class CropPolicy:
 
     global_size: tuple[int, int] = (224, 224)
     local_size: tuple[int, int] = (96, 96)
+    num_global_crops: int = 2  # 1 for supervised training
     num_local_crops: int = 8
     global_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
     local_scale: tuple[float, float] = (0.05, 0.4)
@@ -57,6 +58,26 @@ class CropPolicy:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
     solarize_threshold: int = 128
+
+
+def supervised_policy(
+    size: tuple[int, int], scale: tuple[float, float] = (0.08, 1.0), flip: float = 0.5
+) -> CropPolicy:
+    """One resized crop and a flip for each image: what linear probes and fine-tuning train on.
+
+    `size` (height, width) in pixels, `scale` the range of the crop's share of the image's area.
+    """
+    return CropPolicy(
+        global_size=size,
+        num_global_crops=1,
+        num_local_crops=0,
+        global_scale=scale,
+        horizontal_flip=flip,
+        jitter=0.0,
+        grayscale=0.0,
+        blur=(0.0, 0.0, 0.0),
+        solarize=(0.0, 0.0, 0.0),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,13 +117,14 @@ def stream(key: int, seed: int, *counter: int) -> np.random.Generator:
 def sample_crops(
     policy: CropPolicy, height: int, width: int, rng: np.random.Generator
 ) -> list[CropParams]:
-    """Draw the crops of one image of `height` x `width` pixels: two globals, then the locals.
+    """Draw the crops of one image of `height` x `width` pixels: the globals, then the locals.
 
     Each crop uses a fixed number of draws, so one crop's outcome never moves the next one's.
     Boxes follow torchvision's RandomResizedCrop: ten tries, then the largest central crop of an
     allowed aspect ratio.
     """
-    kinds = np.array([0, 1, *[2] * policy.num_local_crops])  # [S] global 1, global 2, local
+    kinds = np.array([*range(policy.num_global_crops), *[2] * policy.num_local_crops])
+    # [S]: 0 the first global crop, 1 the second, 2 a local one
     draws = rng.random((len(kinds), _DRAWS))  # [S, 34]
     boxes = _boxes(policy, height, width, kinds, draws)
     jitters = draws[:, _JITTER] < policy.jitter

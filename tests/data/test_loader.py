@@ -22,7 +22,14 @@ from dino_kd.data.loader import (
     image_batches,
     steps_per_epoch,
 )
-from dino_kd.data.multicrop import CropPolicy, Crops, crop_rng, render_crops, sample_crops
+from dino_kd.data.multicrop import (
+    CropPolicy,
+    Crops,
+    crop_rng,
+    render_crops,
+    sample_crops,
+    supervised_policy,
+)
 from dino_kd.data.pictures import save_crop_picture
 from dino_kd.errors import ConfigError, DataError
 
@@ -284,3 +291,16 @@ def test_crop_picture_shows_every_crop_enlarged(
         found = (sheet == level).all(axis=2).sum()
         assert (found >= 128 * 128) == shown
     assert ((sheet == 200).all(axis=2).sum() >= locals_ * 2 * 64 * 64) or locals_ == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_global_crop_is_a_batch_of_single_views(workers: int) -> None:
+    policy = supervised_policy((8, 8))
+    batches = list(
+        crop_batches(
+            Memory(10), policy, batch_size=4, seed=0, start_step=0, total_steps=4,
+            num_workers=workers,
+        )
+    )  # fmt: skip
+    assert [batch.crops.global_crops.shape for batch in batches] == [(1, 4, 3, 8, 8)] * 4
+    assert batches[0].crops.local_crops.shape[0] == 0

@@ -21,6 +21,7 @@ from dino_kd.data.multicrop import (
     render_crops,
     sample_crops,
     stream,
+    supervised_policy,
 )
 from dino_kd.schema import CropSettings
 
@@ -243,3 +244,16 @@ def test_crops_split_along_images() -> None:
     assert parts[1].local_crops.shape == (0, 2, 1, 1, 1)
     with pytest.raises(ValueError, match="4 images cannot be split into 3"):
         crops.chunk(3)
+
+
+def test_supervised_crops_are_the_first_global_crop_without_colour():
+    """One crop and a flip; the same draws as the first of two global crops."""
+    policy = supervised_policy((16, 24), scale=(0.2, 0.9))
+    two = dataclasses.replace(policy, num_global_crops=2)
+    for index in range(20):
+        (crop,) = sample_crops(policy, 40, 50, crop_rng(0, 0, index))
+        assert crop == sample_crops(two, 40, 50, crop_rng(0, 0, index))[0]
+        assert crop.size == (16, 24)
+        assert (crop.jitter_order, crop.grayscale, crop.blur_sigma) == ((), False, 0.0)
+        assert crop.solarize_threshold is None
+        assert 0.15 < crop.box[2] * crop.box[3] / (40 * 50) < 0.95
