@@ -26,6 +26,7 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.suite import EvaluateConfig
 
 __all__ = [
     "COMMANDS",
@@ -33,6 +34,7 @@ __all__ = [
     "BackboneSettings",
     "CropSettings",
     "DataSettings",
+    "EvaluateConfig",
     "FeatureSettings",
     "HeadSettings",
     "InWords",
@@ -47,4 +49,8 @@ __all__ = [
     "TeacherSettings",
 ]
 
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
+COMMANDS: dict[str, type[Settings]] = {
+    "pretrain": PretrainConfig,
+    "evaluate": EvaluateConfig,
+    "knn": KnnConfig,
+}
