@@ -34,6 +34,8 @@ COMMANDS = {
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
     "evaluate": Command("eval.suite", "all standard scores of a backbone in one table"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
+    "logreg": Command("eval.logreg", "score a backbone by logistic regression on its features"),
+    "fewshot": Command("eval.fewshot", "score a backbone by classifiers that see a few labels"),
 }
 
 

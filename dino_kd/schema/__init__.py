@@ -14,6 +14,7 @@ from dino_kd.schema.evaluators import (
     KnnConfig,
     LabelledSettings,
 )
+from dino_kd.schema.few_labels import FewshotConfig, LogregConfig
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
@@ -36,11 +37,13 @@ __all__ = [
     "DataSettings",
     "EvaluateConfig",
     "FeatureSettings",
+    "FewshotConfig",
     "HeadSettings",
     "InWords",
     "KnnConfig",
     "LabelledSettings",
     "LogSettings",
+    "LogregConfig",
     "ModelSettings",
     "MonitorSettings",
     "OptimSettings",
@@ -53,4 +56,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "logreg": LogregConfig,
+    "fewshot": FewshotConfig,
 }
