@@ -21,7 +21,7 @@ CS = [0.001, 0.01, 0.1]
 
 
 def made_up(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Ten classes in 256 correlated dimensions: the spectrum falls as 1 / index, as networks' do."""
+    """Ten classes in 256 correlated dimensions; deviations fall as 1 / index."""
     fixed, drawn = (torch.Generator().manual_seed(s) for s in (0, seed))
     centres = 0.12 * torch.randn(10, 256, generator=fixed)
     mixing, _ = torch.linalg.qr(torch.randn(256, 256, generator=fixed))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,20 +164,26 @@ def _minimise(
     problem: _Problem, start: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int]:
     """Values ``[Y, R + 1]`` at the minimum, and the steps to it."""
-    unknowns = (start / problem.scale).requires_grad_()
-    search = torch.optim.LBFGS(
-        [unknowns],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations + 20,
-        tolerance_grad=tolerance,
-        tolerance_change=0.0,  # the gradient decides
-        history_size=HISTORY,
-        line_search_fn="strong_wolfe",
+    # scipy's search rather than torch's: that one imports torch's compiler first, for seconds
+    from scipy.optimize import minimize
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        unknowns = torch.from_numpy(flat).to(start.device).view_as(start)
+        loss, gradient = problem.loss_and_gradient(unknowns)
+        return float(loss), gradient.cpu().numpy().reshape(-1)
+
+    found = minimize(
+        loss_and_gradient,
+        (start / problem.scale).cpu().numpy().reshape(-1),
+        jac=True,
+        method="L-BFGS-B",
+        options={
+            "maxiter": max_iterations,
+            "maxfun": 2 * max_iterations + 20,
+            "maxcor": HISTORY,
+            "gtol": tolerance,
+            "ftol": 0.0,  # the gradient decides
+        },
     )
-
-    def closure() -> float:
-        loss, unknowns.grad = problem.loss_and_gradient(unknowns.detach())
-        return float(loss)
-
-    search.step(closure)
-    return unknowns.detach() * problem.scale, int(search.state[unknowns]["n_iter"])
+    unknowns = torch.from_numpy(found.x).to(start.device).view_as(start)
+    return unknowns * problem.scale, int(found.nit)
