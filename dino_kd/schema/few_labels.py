@@ -25,7 +25,7 @@ def _check_fraction(value: str) -> str:
 
 
 Fraction = Annotated[
-    str, AfterValidator(_check_fraction), InWords("a share such as '1%', at most '100%'")
+    str, AfterValidator(_check_fraction), InWords("shares such as '1%', up to '100%'")
 ]
 
 
