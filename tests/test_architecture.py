@@ -37,6 +37,7 @@ LAYERS = {
     "dino_kd.tasks": 4,
     "dino_kd.presets": 5,
     "dino_kd.pretrained": 5,
+    "dino_kd.rundir": 5,
     "dino_kd.pretrain": 6,
     "dino_kd.demo": 6,
     "eval": 7,

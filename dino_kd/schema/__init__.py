@@ -7,12 +7,13 @@ Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`
 
 from __future__ import annotations
 
-from dino_kd.schema.base import InWords, Settings
+from dino_kd.schema.base import InWords, RunSettings, Settings
 from dino_kd.schema.evaluators import (
     BackboneSettings,
     FeatureSettings,
     KnnConfig,
     LabelledSettings,
+    SourceSettings,
 )
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
@@ -43,7 +44,9 @@ __all__ = [
     "MonitorSettings",
     "OptimSettings",
     "PretrainConfig",
+    "RunSettings",
     "Settings",
+    "SourceSettings",
     "TeacherSettings",
 ]
 
