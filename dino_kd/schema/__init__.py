@@ -15,6 +15,7 @@ from dino_kd.schema.evaluators import (
     LabelledSettings,
     SourceSettings,
 )
+from dino_kd.schema.finetune import AugmentSettings, FinetuneConfig, FinetuneOptimSettings
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
@@ -31,10 +32,13 @@ from dino_kd.schema.pretrain import (
 __all__ = [
     "COMMANDS",
     "CROP_PRESETS",
+    "AugmentSettings",
     "BackboneSettings",
     "CropSettings",
     "DataSettings",
     "FeatureSettings",
+    "FinetuneConfig",
+    "FinetuneOptimSettings",
     "HeadSettings",
     "InWords",
     "KnnConfig",
@@ -50,4 +54,8 @@ __all__ = [
     "TeacherSettings",
 ]
 
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
+COMMANDS: dict[str, type[Settings]] = {
+    "pretrain": PretrainConfig,
+    "knn": KnnConfig,
+    "finetune": FinetuneConfig,
+}
