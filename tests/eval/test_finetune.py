@@ -122,6 +122,7 @@ def assert_same_run(run_dir, reference):
     assert result_of(run_dir)["metrics"] == result_of(reference)["metrics"]
     for name in ("backbone/model.safetensors", "classifier.safetensors"):
         assert_same(load_file(run_dir / name), load_file(reference / name))
+    assert (run_dir / "crops.png").read_bytes() == (reference / "crops.png").read_bytes()
 
 
 def accuracy(run_dir, images):
@@ -510,12 +511,17 @@ def test_too_many_broken_images_stop_the_run_and_name_the_setting(world, tmp_pat
     assert "4 broken training images were replaced by others" in result_of(run)["notes"]
 
 
-def test_a_broken_test_image_is_left_out_and_told(world, tmp_path, capsys):
+def test_broken_test_images_are_left_out_and_told(world, tmp_path, capsys):
+    """The labels of the images after them do not shift."""
     test = shutil.copytree(world / "test", tmp_path / "test")
-    (test / "cat" / "6.png").write_bytes(b"no picture")
-    run = tune(world, tmp_path / "run", f"test={test}", "optim.length=2")
-    assert result_of(run)["data"]["test"]["images"] == 20
-    assert "1 broken test images left out" in capsys.readouterr().out
+    for number in range(5):
+        (test / "ant" / f"{number}.png").write_bytes(b"no picture")
+    run = tune(world, tmp_path / "run", f"test={test}")
+    assert result_of(run)["data"]["test"]["images"] == 16
+    assert "5 broken test images left out" in capsys.readouterr().out
+    for number in range(5):
+        (test / "ant" / f"{number}.png").unlink()
+    assert result_of(run)["metrics"]["top1"] == pytest.approx(accuracy(run, test))
 
 
 def test_a_network_that_diverged_is_not_scored(world, tmp_path):
@@ -584,7 +590,7 @@ def test_two_processes_equal_one(world, tmp_path):
     assert result_of(tmp_path / "both")["processes"] == 2
 
     test = shutil.copytree(world / "test", tmp_path / "test")
-    (test / "cat" / "6.png").write_bytes(b"no picture")
+    (test / "ant" / "1.png").write_bytes(b"no picture")
     again = [f"test={test}", "resume=true"]
     results = []
     for name in ("one", "two"):
