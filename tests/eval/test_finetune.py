@@ -344,7 +344,7 @@ def interrupt_at(step, monkeypatch):
     monkeypatch.setattr(finetune, "training_batches", batches)
 
 
-@pytest.mark.parametrize("stop_after", [1, 5, 8])
+@pytest.mark.parametrize("stop_after", [1, 8])
 @pytest.mark.parametrize("more", [[], BEST], ids=["last", "best"])
 def test_resume_after_a_signal_is_bit_exact(
     world, tmp_path, whole, whole_best, more, stop_after, monkeypatch
