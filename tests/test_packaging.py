@@ -42,13 +42,13 @@ def test_requirements_have_lower_bounds_only(tmp_path: Path) -> None:
     assert got["python_requires"] == ">=3.10"
     for line in got["install_requires"]:  # type: ignore[attr-defined]
         assert re.fullmatch(r"[A-Za-z0-9_-]+>=[\d.]+", line), line
-    assert {"test", "dev", "export", "report"} <= set(got["extras_require"])  # type: ignore[call-overload]
+    assert {"test", "dev", "export", "video"} <= set(got["extras_require"])  # type: ignore[call-overload]
 
 
 def test_everything_imported_is_declared(tmp_path: Path) -> None:
     """Imports of all shipped modules against install_requires and the extras."""
     got = setup_arguments(tmp_path)
-    extras = [line for name in ("export", "report") for line in got["extras_require"][name]]  # type: ignore[index]
+    extras = [line for name in ("export", "video") for line in got["extras_require"][name]]  # type: ignore[index]
     declared = {
         re.split("[>=]", line)[0].lower()
         for line in [*got["install_requires"], *extras]  # type: ignore[misc]

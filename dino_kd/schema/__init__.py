@@ -26,6 +26,7 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.visualize import VisualizeConfig
 
 __all__ = [
     "COMMANDS",
@@ -45,6 +46,11 @@ __all__ = [
     "PretrainConfig",
     "Settings",
     "TeacherSettings",
+    "VisualizeConfig",
 ]
 
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
+COMMANDS: dict[str, type[Settings]] = {
+    "pretrain": PretrainConfig,
+    "knn": KnnConfig,
+    "visualize": VisualizeConfig,
+}
