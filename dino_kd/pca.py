@@ -66,7 +66,8 @@ class PatchColours:
         colours = torch.where(span > 0, scaled.clamp(0, 1), 0.5).float()
         if self.separation is None:
             return colours
-        return colours.masked_fill(~_object(self.separation, tokens, self.foreground), _BACKGROUND)
+        shown = _object(self.separation, tokens, self.foreground)[..., None]
+        return colours.masked_fill(~shown, _BACKGROUND)
 
 
 def fit_pca(tokens: Tensor, count: int = _COLOURS) -> Pca:

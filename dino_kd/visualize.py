@@ -172,9 +172,7 @@ def patch_similarity(patches: Tensor, chosen: tuple[int, int]) -> Tensor:
     return unit @ unit[chosen]
 
 
-def patch_marked(
-    image: np.ndarray, chosen: tuple[int, int], grid: tuple[int, int]
-) -> np.ndarray:
+def patch_marked(image: np.ndarray, chosen: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """The image uint8 ``[C, H, W]`` with one patch outlined, as uint8 ``[3, H, W]``."""
     height, width = image.shape[-2:]
     mask = torch.zeros(grid)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dino_kd.data.pictures import save_contact_sheet
-from dino_kd.files import write_atomic, write_text
+from dino_kd.data.pictures import save_contact_sheet, save_picture
+from dino_kd.files import write_text
 
 from .panels import Panel, Seen, Sheet
 from .shown import plain
@@ -135,7 +135,9 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("patches, rows x columns", _sizes(protocol["grids"], "")),
     ]
     if "gallery" in data:
-        facts.append(("gallery", f"{data['gallery']['spec']}, {data['gallery']['images']:,} images"))
+        facts.append(
+            ("gallery", f"{data['gallery']['spec']}, {data['gallery']['images']:,} images")
+        )
     for name in ("block", "keep", "pca_foreground", "point", "k", "precision"):
         if name in protocol:
             facts.append((name, str(protocol[name])))
@@ -164,7 +166,7 @@ def picture_uri(pixels: np.ndarray) -> str:
         )
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     made = {}
-    for form, how in (("png", {"optimize": True}), ("jpeg", {"quality": 88, "subsampling": 0})):
+    for form, how in (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0})):
         buffer = io.BytesIO()
         picture.save(buffer, format=form, **how)
         made[form] = buffer.getvalue()
@@ -178,8 +180,7 @@ def _write_pictures(album: Album, output: Path) -> list[str]:
         for number, (one, row) in enumerate(zip(album.seen, sheet.rows, strict=True), 1):
             for panel in row:
                 name = _picture_name(number, one, sheet, panel)
-                picture = Image.fromarray(np.ascontiguousarray(panel.pixels.transpose(1, 2, 0)))
-                write_atomic(output / name, lambda file, p=picture: p.save(file, format="PNG"))
+                save_picture(panel.pixels, output / name)
                 files.append(name)
     return files
 

@@ -60,7 +60,7 @@ class Panel:
     pixels: np.ndarray
     caption: str = ""
     line: int = 0
-    agrees: bool = False  # a neighbour of the same class
+    agrees: bool | None = None  # a neighbour of the same class; None where there are no classes
 
 
 @dataclass
@@ -104,7 +104,9 @@ def attention_sheet(seen: Sequence[Seen], keep: float, overlay: bool) -> Sheet:
         for title, heat in maps:
             mask = threshold_mass(heat.flatten(), keep).unflatten(0, heat.shape)
             picture = (
-                heat_over_image(one.view, heat) if overlay else heat_pictures(heat[None], one.size)[0]
+                heat_over_image(one.view, heat)
+                if overlay
+                else heat_pictures(heat[None], one.size)[0]
             )
             row.append(Panel(title, picture))
             area = f"{100 * mask.float().mean().item():.0f} % of area"
@@ -176,7 +178,7 @@ def neighbours_sheet(
         row = [Panel("image", shown_bands(one.view), one.class_name)]
         for rank, neighbour in enumerate(near.get(index, ()), 1):
             name = _class_of(gallery, neighbour.position)
-            agrees = bool(name) and name == one.class_name
+            agrees = name == one.class_name if name and one.class_name else None
             caption = f"{neighbour.similarity:.2f}" + (f"  {name}" if name else "")
             picture = _gallery_picture(gallery, neighbour.position, one.size[0])
             row.append(Panel(_place(rank), picture, caption, agrees=agrees))
@@ -197,7 +199,9 @@ def _class_of(gallery: ImageDataset, position: int) -> str:
 
 
 def _place(rank: int) -> str:
-    ending = "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    ending = (
+        "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    )
     return f"{rank}{ending}"
 
 
@@ -208,5 +212,3 @@ def _gallery_picture(gallery: ImageDataset, position: int, height: int) -> np.nd
         return np.full((3, height, height), 128, dtype=np.uint8)
     width = round(height * min(2.0, max(0.5, image.shape[1] / image.shape[0])))
     return shown_bands(EvalTransform((height, width))(image))
-
-

@@ -86,7 +86,9 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
-def view_of(backbone: Backbone, image: np.ndarray, wanted: int | Sequence[int] | None) -> np.ndarray:
+def view_of(
+    backbone: Backbone, image: np.ndarray, wanted: int | Sequence[int] | None
+) -> np.ndarray:
     """An image uint8 ``[H, W, C]`` as the network is shown it: uint8 ``[C, h, w]``.
 
     Bicubic, antialiased, as little as possible cut off.
@@ -116,9 +118,7 @@ def view_size(
 
 def takes_any_size(backbone: Backbone) -> bool:
     """Whether images of several sizes go through the network as it is."""
-    return "img_size" not in backbone.model_args or getattr(
-        backbone.net, "dynamic_img_size", False
-    )
+    return "img_size" not in backbone.model_args or getattr(backbone.net, "dynamic_img_size", False)
 
 
 def plain(text: str) -> str:

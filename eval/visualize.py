@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from dino_kd.config import load_settings
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.distributed import is_main_process, on_main, process_group
-from dino_kd.errors import ConfigError, DataError, UserError
+from dino_kd.errors import CheckpointError, ConfigError, UserError
 from dino_kd.features import FeatureBank
 from dino_kd.models.attention import check_cls_attention, threshold_mass
 from dino_kd.models.backbone import Backbone
@@ -31,7 +32,7 @@ from dino_kd.visualize import attention_and_patches
 
 from .film import annotate
 from .gallery import Neighbour, nearest
-from .page import Album, clear_earlier, write_album
+from .page import RESULT, Album, clear_earlier, write_album
 from .panels import (
     Seen,
     Sheet,
@@ -45,6 +46,7 @@ from .shown import Shown, open_shown, takes_any_size, view_of
 from .subject import PIXELS, Subject, open_images, open_subject
 
 ALL_KINDS = ("attention", "pca", "similarity", "neighbours")
+_COARSE = 4  # rows or columns of a map
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +57,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+@dataclass
+class Job:
+    """Everything that has been opened and checked, and what was found so far."""
+
+    settings: VisualizeConfig
+    device: torch.device
+    output: Path
+    subject: Subject
+    backbone: Backbone
+    kinds: list[str]
+    notes: list[str]
+    shown: Shown
+    gallery: ImageDataset | None
+    watch: Stopwatch
+    data: dict[str, Any]
+    near: dict[int, list[Neighbour]]
+
+
 def score(settings: VisualizeConfig, device: torch.device) -> dict[str, Any]:
     """Draw everything; every process of a torchrun job calls this, the main one draws.
 
@@ -63,6 +83,21 @@ def score(settings: VisualizeConfig, device: torch.device) -> dict[str, Any]:
     Raises:
         UserError: no such backbone, nothing that can be read, a kind that the network lacks.
     """
+    job = open_job(settings, device)
+    job.watch.lap("reading")
+    if job.gallery is not None:
+        bank = job.subject.features(job.gallery, "gallery")
+        queries = job.subject.features(job.shown.dataset, "input")
+        job.near = nearest(queries, job.shown.dataset, bank, job.gallery, settings.k)
+        job.data["gallery"] = describe_images(job.gallery, bank)
+        job.notes += gallery_notes(settings, bank, job.near)
+        job.watch.lap("neighbours")
+    result = on_main(lambda: draw(job))
+    return result if is_main_process() else {}
+
+
+def open_job(settings: VisualizeConfig, device: torch.device) -> Job:
+    """Open and check everything, before anything expensive. Raises UserError."""
     watch = Stopwatch()
     output = output_folder(settings)
     subject = open_network(settings, device)
@@ -72,76 +107,59 @@ def score(settings: VisualizeConfig, device: torch.device) -> dict[str, Any]:
     if "neighbours" in kinds:
         gallery = open_images(settings, "gallery", subject.channels)
     shown = open_shown(settings, subject.channels)
-    watch.lap("reading")
-    near: dict[int, list[Neighbour]] = {}
-    data = {"input": describe_shown(shown)}
-    if gallery is not None:
-        bank = subject.features(gallery, "gallery")
-        near = nearest(
-            subject.features(shown.dataset, "input"), shown.dataset, bank, gallery, settings.k
-        )
-        data["gallery"] = describe_images(gallery, bank)
-        notes += gallery_notes(settings, bank, near)
-        watch.lap("neighbours")
-
-    def draw() -> dict[str, Any]:
-        return _draw(
-            settings, output, subject, kinds, shown, gallery, near, data, notes, watch, device
-        )
-
-    result = on_main(draw)
-    return result if is_main_process() else {}
+    return Job(
+        settings=settings,
+        device=device,
+        output=output,
+        subject=subject,
+        backbone=subject.backbone,
+        kinds=kinds,
+        notes=notes + shown_notes(shown),
+        shown=shown,
+        gallery=gallery,
+        watch=watch,
+        data={"input": describe_shown(shown)},
+        near={},
+    )
 
 
-def _draw(
-    settings: VisualizeConfig,
-    output: Path,
-    subject: Subject,
-    kinds: Sequence[str],
-    shown: Shown,
-    gallery: ImageDataset | None,
-    near: Mapping[int, Sequence[Neighbour]],
-    data: dict[str, Any],
-    notes: list[str],
-    watch: Stopwatch,
-    device: torch.device,
-) -> dict[str, Any]:
-    assert subject.backbone is not None
-    seen = look(settings, subject.backbone, subject.precision, shown, "attention" in kinds)
+def draw(job: Job) -> dict[str, Any]:
+    """Run the network, write every file, print the table; returns the result."""
+    settings = job.settings
+    with_attention = "attention" in job.kinds
+    seen = look(job, with_attention)
     colours = None
-    if "pca" in kinds or shown.video is not None:
+    if "pca" in job.kinds or job.shown.video is not None:
         patches = torch.cat([one.patches.flatten(0, 1) for one in seen])
         colours = fit_patch_colours(patches, settings.pca_foreground)
-        if colours.foreground != settings.pca_foreground:
-            notes.append(
-                f"no patch has a {settings.pca_foreground} first component: all are coloured"
-            )
-    watch.lap("network")
-    sheets = make_sheets(settings, kinds, seen, colours, near, gallery)
-    clear_earlier(output)
+        job.notes += foreground_note(settings, colours)
+    job.notes += coarse_note(seen)
+    job.watch.lap("network")
+    sheets = make_sheets(job, seen, colours)
+    clear_earlier(job.output)
     film = None
-    if shown.video is not None:
+    if job.shown.video is not None:
         assert colours is not None
         film = annotate(
-            shown.video, subject.backbone, output, settings, colours,
-            with_attention="attention" in kinds, precision=subject.precision,
+            job.shown.video, job.backbone, job.output, settings, colours,
+            with_attention=with_attention, precision=job.subject.precision,
         )  # fmt: skip
-        watch.lap("film")
+        job.watch.lap("film")
     result = make_result(
         "visualize",
         settings,
-        metrics=dict(evaluate(seen, colours if "pca" in kinds else None, near, settings, sheets)),
-        protocol=picture_protocol(settings, subject, kinds, seen),
-        backbone=subject.description,
-        data=data,
-        device=device,
-        seconds=watch.seconds,
-        notes=notes,
+        metrics=dict(evaluate(seen, sheets, colours if "pca" in job.kinds else None, job)),
+        protocol=picture_protocol(job, seen),
+        backbone=job.subject.description,
+        data=job.data,
+        device=job.device,
+        seconds=job.watch.seconds,
+        notes=job.notes,
     )
     album = Album(sheets, seen, film, result)
-    result["files"] = write_album(album, output, separate=settings.separate)
-    print(table(result, settings, output))
-    save_result(result, output / "visualize.json")
+    result["files"] = write_album(album, job.output, separate=settings.separate)
+    print(table(result, settings, job.output))
+    save_result(result, job.output / RESULT)
     return result
 
 
@@ -189,48 +207,34 @@ def choose_kinds(settings: VisualizeConfig, backbone: Backbone) -> tuple[list[st
     return kinds, notes
 
 
-def look(
-    settings: VisualizeConfig,
-    backbone: Backbone,
-    precision: str,
-    shown: Shown,
-    with_attention: bool,
-) -> list[Seen]:
+def look(job: Job, with_attention: bool) -> list[Seen]:
     """One forward pass for each shown image, as sizes differ."""
     seen = []
-    rows = enumerate(zip(shown.names, shown.images, strict=True))
-    for index, (name, image) in tqdm(
-        rows, "network", len(shown.images), unit="image", disable=None, leave=False
-    ):
-        view = view_of(backbone, image, settings.image_size)
+    bar = tqdm(job.shown.images, "network", unit="image", disable=None, leave=False)
+    for index, image in enumerate(bar):
+        view = view_of(job.backbone, image, job.settings.image_size)
         attention, patches = attention_and_patches(
-            backbone,
+            job.backbone,
             torch.from_numpy(view)[None],
-            block=settings.block,
+            block=job.settings.block,
             with_attention=with_attention,
-            precision=precision,
+            precision=job.subject.precision,
         )
         if not torch.isfinite(patches).all():
-            raise DataError(
-                f"backbone: {settings.backbone} gives features that are not finite; its weights "
-                "are damaged or its training diverged"
+            raise CheckpointError(
+                f"backbone: {job.settings.backbone} gives features that are not finite; its "
+                "weights are damaged or its training diverged"
             )
         maps = None if attention is None else attention[0]
-        seen.append(Seen(name, shown.class_name(index), view, maps, patches[0]))
+        name, class_name = job.shown.names[index], job.shown.class_name(index)
+        seen.append(Seen(name, class_name, view, maps, patches[0]))
     return seen
 
 
-def make_sheets(
-    settings: VisualizeConfig,
-    kinds: Sequence[str],
-    seen: list[Seen],
-    colours: PatchColours | None,
-    near: Mapping[int, Sequence[Neighbour]],
-    gallery: ImageDataset | None,
-) -> list[Sheet]:
+def make_sheets(job: Job, seen: list[Seen], colours: PatchColours | None) -> list[Sheet]:
     """One sheet for each kind."""
-    sheets = []
-    for kind in kinds:
+    settings, sheets = job.settings, []
+    for kind in job.kinds:
         if kind == "attention":
             sheets.append(attention_sheet(seen, settings.keep, settings.overlay))
         elif kind == "pca":
@@ -239,17 +243,13 @@ def make_sheets(
         elif kind == "similarity":
             sheets.append(similarity_sheet(seen, settings.point))
         else:
-            assert gallery is not None
-            sheets.append(neighbours_sheet(seen, near, gallery, settings.k))
+            assert job.gallery is not None
+            sheets.append(neighbours_sheet(seen, job.near, job.gallery, settings.k))
     return sheets
 
 
 def evaluate(
-    seen: Sequence[Seen],
-    colours: PatchColours | None,
-    near: Mapping[int, Sequence[Neighbour]],
-    settings: VisualizeConfig,
-    sheets: Sequence[Sheet],
+    seen: Sequence[Seen], sheets: Sequence[Sheet], colours: PatchColours | None, job: Job
 ) -> Iterator[tuple[str, float]]:
     """Yield what the pictures show as numbers.
 
@@ -258,44 +258,39 @@ def evaluate(
     ``neighbour_similarity``: mean cosine. ``neighbour_agreement``: percent of neighbours of the
     image's own class, where images and gallery have classes.
     """
-    heads = [one.attention for one in seen if one.attention is not None]
+    keep = job.settings.keep
+    heads = [one.attention.flatten(1) for one in seen if one.attention is not None]
     if heads:
-        areas = [threshold_mass(h.flatten(1), settings.keep).float().mean().item() for h in heads]
+        areas = [threshold_mass(maps, keep).float().mean().item() for maps in heads]
         yield "attention_area", 100 * sum(areas) / len(areas)
     if colours is not None:
         yield "pca_variance", 100 * float(colours.pca.variance_share.sum())
-    all_near = [neighbour.similarity for row in near.values() for neighbour in row]
-    if all_near:
-        yield "neighbour_similarity", sum(all_near) / len(all_near)
-        panels = [
-            panel
-            for sheet in sheets
-            if sheet.kind == "neighbours"
-            for row in sheet.rows
-            for panel in row[1:]
-        ]
-        if all(one.class_name for one in seen) and any(panel.agrees for panel in panels):
-            yield "neighbour_agreement", 100 * sum(p.agrees for p in panels) / len(panels)
+    cosines = [neighbour.similarity for row in job.near.values() for neighbour in row]
+    if cosines:
+        yield "neighbour_similarity", sum(cosines) / len(cosines)
+    panels = [panel for sheet in sheets for row in sheet.rows for panel in row]
+    agree = [panel.agrees for panel in panels if panel.agrees is not None]
+    if agree:
+        yield "neighbour_agreement", 100 * sum(agree) / len(agree)
 
 
-def picture_protocol(
-    settings: VisualizeConfig, subject: Subject, kinds: Sequence[str], seen: Sequence[Seen]
-) -> dict[str, Any]:
+def picture_protocol(job: Job, seen: Sequence[Seen]) -> dict[str, Any]:
     """How the pictures were made."""
+    settings = job.settings
     made: dict[str, Any] = {
-        "kinds": list(kinds),
+        "kinds": job.kinds,
         "view_sizes": [list(one.size) for one in seen],
         "grids": [list(one.patches.shape[:2]) for one in seen],
-        "precision": subject.precision,
+        "precision": job.subject.precision,
     }
-    if "attention" in kinds:
+    if "attention" in job.kinds:
         made |= {"block": settings.block, "keep": settings.keep}
-    if "pca" in kinds:
+    if "pca" in job.kinds:
         made |= {"pca_foreground": settings.pca_foreground}
-    if "similarity" in kinds:
+    if "similarity" in job.kinds:
         made |= {"point": list(settings.point)}
-    if "neighbours" in kinds:
-        made |= {"k": settings.k, "distance": "cosine", "features": subject.protocol}
+    if "neighbours" in job.kinds:
+        made |= {"k": settings.k, "distance": "cosine", "features": job.subject.protocol}
     return made
 
 
@@ -324,6 +319,36 @@ def gallery_notes(
     return [
         f"the gallery has {len(bank.features)} images, too few for k = {settings.k} neighbours "
         f"of each: {fewest} are shown"
+    ]
+
+
+def shown_notes(shown: Shown) -> list[str]:
+    """The sentence about a film of fewer frames than its header states."""
+    video = shown.video
+    if video is None or len(video) >= video.promised:
+        return []
+    return [f"{video.path} states {video.promised:,} frames, and {len(video):,} can be read"]
+
+
+def foreground_note(settings: VisualizeConfig, colours: PatchColours) -> list[str]:
+    """The sentence about a foreground that no patch belongs to."""
+    if colours.foreground == settings.pca_foreground:
+        return []
+    return [
+        f"fewer than two patches have a {settings.pca_foreground} first component: all are coloured"
+    ]
+
+
+def coarse_note(seen: Sequence[Seen]) -> list[str]:
+    """The sentence about maps of so few places that little can be seen in them."""
+    coarse = [one for one in seen if min(one.patches.shape[:2]) < _COARSE]
+    if not coarse:
+        return []
+    rows, columns = coarse[0].patches.shape[:2]
+    side = min(coarse[0].size)
+    return [
+        f"maps of {rows} x {columns} places at {side} px; a larger image_size, such as "
+        f"{4 * side}, gives finer ones"
     ]
 
 

@@ -167,6 +167,9 @@ def test_the_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> Non
     script = str(installed / "bin" / "dino-kd")
     assert run_installed(installed, tmp_path, script, "--version") == f"dino-kd {__version__}\n"
     assert "usage: dino-kd knn" in run_installed(installed, tmp_path, script, "knn", "--help")
+    shown = ["input=synthetic:textures:test:3", "backbone=random:resnet10t", "device=cpu"]
+    run_installed(installed, tmp_path, script, "visualize", *shown)
+    assert "What random:resnet10t sees" in (tmp_path / "visualize" / "index.html").read_text()
     code = (
         "import dino_kd.config as c; names = c.packaged_configs(); print(*names);"
         "print(c.__file__, *map(c.find_config, names), sep='\\n')"
@@ -183,6 +186,7 @@ def test_the_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_wheel_holds_no_tests_and_knows_its_types(installed: Path) -> None:
     assert (installed / "dino_kd" / "py.typed").is_file()
+    assert (installed / "eval" / "templates" / "visualize.html").is_file()
     assert not (installed / "tests").exists()
     assert not (installed / "configs").exists()
 

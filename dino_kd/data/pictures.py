@@ -69,8 +69,8 @@ def save_contact_sheet(
     labels = [_broken(name, _LABEL_WIDTH, font, ruler) for name in names]
     margin = max(int(ruler.textlength(line, font)) for label in labels for line in label)
     widths = [
-        max([int(ruler.textlength(title, font)), *(row[n][0].width for row in rows if row[n])])
-        for n, title in enumerate(titles)
+        max([int(ruler.textlength(title, font)), *(c[0].width for c in column if c)])
+        for title, column in zip(titles, zip(*rows, strict=True), strict=True)
     ]
     heights = [_row_height(row, label) for row, label in zip(rows, labels, strict=True)]
     left_edges = np.cumsum([margin + 2 * _GAP, *(width + _GAP for width in widths)]).tolist()
@@ -91,6 +91,12 @@ def save_contact_sheet(
                 draw.text((left, top + picture.height + 1), text, _INK, font)
         top += height + _GAP
     write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def save_picture(pixels: np.ndarray, path: str | Path) -> None:
+    """Write one picture uint8 ``[C, h, w]`` as PNG, as it is. Raises UserError when that fails."""
+    picture = Image.fromarray(np.ascontiguousarray(shown_bands(pixels).transpose(1, 2, 0)))
+    write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def shown_bands(pixels: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ VIDEO_EXTENSIONS = frozenset((
 ))  # fmt: skip
 ANIMATION_EXTENSIONS = frozenset((".gif", ".webp"))
 _USUAL_DURATION = 0.1  # seconds of a frame that states none, as browsers show it
+_TOLERATED_SECONDS, _TOLERATED_SHARE = 0.5, 0.1  # headers of whole files are a little off too
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,27 @@ def _video_pictures(video: Video) -> Iterator[tuple[Image.Image, float, int]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             seconds = float(1 / (stream.average_rate or 25))
+            end = 0.0
             for frame in container.decode(stream):
                 yield _upright(frame), seconds, stream.frames
                 number += 1
+                end = seconds + (number * seconds if frame.time is None else frame.time)
+            stated = _stated_seconds(container, stream)
     except (av.FFmpegError, OSError) as error:
         raise _damaged(video, number, error) from error
+    if stated - end > max(_TOLERATED_SECONDS, _TOLERATED_SHARE * stated):
+        raise DataError(
+            f"{video.where}: {video.path} is cut short: it states {stated:.1f} s, and {number} "
+            f"frames ({end:.1f} s) can be read"
+        )
+
+
+def _stated_seconds(container: Any, stream: Any) -> float:
+    """How long the header says that the picture lasts; 0 when it does not say."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1  # else the sound may be longer
+    return container.duration / 1_000_000 if alone and container.duration else 0.0
 
 
 def _upright(frame: Any) -> Image.Image:

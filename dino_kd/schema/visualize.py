@@ -57,9 +57,7 @@ class VisualizeConfig(FeatureSettings):
         (0.5, 0.5), "Whose similarity to all other patches is shown; [0, 0] is top left."
     )
     separate: bool = setting(False, "Also write every picture as a PNG of its own.")
-    frame_step: PositiveInt = setting(
-        1, "Annotate every n-th frame of a video.", unit="frames"
-    )
+    frame_step: PositiveInt = setting(1, "Annotate every n-th frame of a video.", unit="frames")
     output: Text | None = setting(
         None,
         "Folder for the pictures; none: visualize in the run directory (visualize_BRANCH for "
