@@ -23,7 +23,7 @@ def version() -> str:
     return found[1]
 
 
-VIDEO = ["av>=11.0"]
+VIDEO = ["av>=14.0"]  # the first that tells how a film is turned
 # setuptools builds a test runner, so that `pip wheel --no-build-isolation` works in the tests
 TEST = ["pytest>=7.4", "setuptools>=70.1", "tensorboard"]
 

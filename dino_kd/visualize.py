@@ -1,6 +1,6 @@
 """Pictures of what a backbone sees: attention, principal components of patches, similarity.
 
-All take and give uint8 pictures ``[C, H, W]``; attention masks follow the DINO paper, fig. 1.
+Pictures are uint8 ``[C, H, W]``. Attention masks follow the DINO paper (Caron et al. 2021).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import weakref
 from fractions import Fraction
@@ -169,3 +170,26 @@ def test_missing_library_is_one_sentence(tmp_path, monkeypatch):
 def test_networks_of_other_channels_are_refused(tmp_path):
     with pytest.raises(DataError, match="4 channels cannot see them"):
         next(read_frames(open_video(animation(tmp_path / "a.gif")), 4))
+
+
+def test_films_of_a_telephone_held_upright_are_turned(tmp_path):
+    """The track's matrix is set by hand to a quarter turn clockwise: the top comes to the right."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.mp4"
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24] = 220  # bright above
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40  # ISO 14496-12, track header of version 0
+    assert struct.unpack(">9i", data[start : start + 36])[0] == 1 << 16
+    turned = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    data[start : start + 36] = struct.pack(">9i", *turned)
+    path.write_bytes(data)
+    (frame,) = read_frames(open_video(path), 3)
+    assert frame.shape == (64, 48, 3)
+    assert frame[:, 30:].mean() > 200
+    assert frame[:, :18].mean() < 20
