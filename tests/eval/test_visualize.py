@@ -283,7 +283,7 @@ def test_image_size_is_rounded_to_whole_patches():
 
 
 def test_networks_of_one_size_have_their_size():
-    mixer = create_backbone("mixer_s32_224", img_size=64, args={"embed_dim": 16, "num_blocks": 1})
+    mixer = create_backbone("mixer_s32_224", img_size=64)
     assert not takes_any_size(mixer)
     assert view_size(mixer, (300, 450), 500) == (64, 64)
 
