@@ -34,6 +34,7 @@ COMMANDS = {
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
     "evaluate": Command("eval.suite", "all standard scores of a backbone in one table"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
+    "visualize": Command("eval.visualize", "show what a backbone sees, on images or a video"),
 }
 
 

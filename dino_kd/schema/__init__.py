@@ -27,6 +27,7 @@ from dino_kd.schema.pretrain import (
     TeacherSettings,
 )
 from dino_kd.schema.suite import EvaluateConfig
+from dino_kd.schema.visualize import VisualizeConfig
 
 __all__ = [
     "COMMANDS",
@@ -47,10 +48,12 @@ __all__ = [
     "PretrainConfig",
     "Settings",
     "TeacherSettings",
+    "VisualizeConfig",
 ]
 
 COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "visualize": VisualizeConfig,
 }
