@@ -23,6 +23,7 @@ def version() -> str:
     return found[1]
 
 
+VIDEO = ["av>=14.0"]  # the first that tells how a film is turned
 # setuptools builds a test runner, so that `pip wheel --no-build-isolation` works in the tests
 TEST = ["pytest>=7.4", "setuptools>=70.1", "tensorboard"]
 
@@ -46,11 +47,16 @@ setup(
         "dino_kd.configs",
     ],
     package_dir={"dino_kd.configs": "configs"},  # top-level folder, packaged inside dino_kd
-    package_data={"dino_kd.configs": ["*/*.yaml"], "dino_kd": ["py.typed"]},
+    package_data={
+        "dino_kd.configs": ["*/*.yaml"],
+        "dino_kd": ["py.typed"],
+        "eval": ["templates/*.html"],
+    },
     install_requires=[
         "PyYAML>=6.0",
         "annotated-types>=0.6",
         "faiss-cpu>=1.7.4",
+        "jinja2>=3.1",  # pages; torch needs it anyway
         "matplotlib>=3.7",
         "numpy>=1.24",
         "pillow>=10.0",
@@ -64,9 +70,9 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "build>=1.0", "mypy>=1.8", "ruff>=0.6", "types-PyYAML"],
+        "dev": [*TEST, *VIDEO, "build>=1.0", "mypy>=1.8", "ruff>=0.6", "types-PyYAML"],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
-        "report": ["jinja2>=3.1"],
+        "video": VIDEO,
     },
     entry_points={"console_scripts": ["dino-kd=dino_kd.cli:main"]},
 )

@@ -32,8 +32,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("dino_kd.demo", "pretrain on generated images and show what was learned"),
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
+    "evaluate": Command("eval.suite", "all standard scores of a backbone in one table"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
     "finetune": Command("eval.finetune", "train a backbone on labelled images and score it"),
+    "visualize": Command("eval.visualize", "show what a backbone sees, on images or a video"),
 }
 
 

@@ -156,6 +156,12 @@ def clamped_note(settings: KnnConfig, bank: FeatureBank) -> list[str]:
     ]
 
 
+def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table of a suite shows: the score at k = 20, or at the k nearest to it."""
+    nearest = min(result["protocol"]["k"], key=lambda k: abs(k - 20))
+    return [(f"k-NN top-1 %, k = {nearest}", f"{result['metrics'][f'knn{nearest}_top1']:.2f}")]
+
+
 def table(result: dict[str, Any], settings: KnnConfig) -> str:
     """The numbers for the console."""
     data, seconds, metrics = result["data"], result["seconds"], result["metrics"]

@@ -31,6 +31,7 @@ LAYERS = {
     "dino_kd.data": 1,
     "dino_kd.features": 2,
     "dino_kd.feature_cache": 2,
+    "dino_kd.pca": 2,
     "dino_kd.visualize": 2,
     "dino_kd.knn": 2,
     "dino_kd.engine": 3,

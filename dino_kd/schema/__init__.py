@@ -28,6 +28,8 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.suite import EvaluateConfig
+from dino_kd.schema.visualize import VisualizeConfig
 
 __all__ = [
     "COMMANDS",
@@ -36,6 +38,7 @@ __all__ = [
     "BackboneSettings",
     "CropSettings",
     "DataSettings",
+    "EvaluateConfig",
     "FeatureSettings",
     "FinetuneConfig",
     "FinetuneOptimSettings",
@@ -52,10 +55,14 @@ __all__ = [
     "Settings",
     "SourceSettings",
     "TeacherSettings",
+    "VisualizeConfig",
 ]
 
 COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
     "knn": KnnConfig,
     "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
+    "knn": KnnConfig,
+    "visualize": VisualizeConfig,
 }
