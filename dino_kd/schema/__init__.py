@@ -60,9 +60,8 @@ __all__ = [
 
 COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
-    "knn": KnnConfig,
-    "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "finetune": FinetuneConfig,
     "visualize": VisualizeConfig,
 }
