@@ -57,8 +57,8 @@ def load_backbone(
             a checkpoint file of DINO or DINOv2.
         branch: "teacher" or "student" of a run or a full training checkpoint; "untrained" is the
             network a run started from.
-        img_size: pixels, one side or (height, width); position embeddings are resampled. None: as
-            it was trained.
+        img_size: pixels, one side or (height, width); position embeddings are resampled, those of
+            DINO and DINOv2 files by their authors' rule. None: as it was trained.
         device: where to put it.
 
     Raises:
