@@ -33,6 +33,7 @@ COMMANDS = {
     "demo": Command("dino_kd.demo", "pretrain on generated images and show what was learned"),
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
+    "linear": Command("eval.linear", "score a backbone by linear classifiers on its features"),
 }
 
 

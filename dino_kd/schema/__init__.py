@@ -26,6 +26,7 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.probes import LinearConfig
 
 __all__ = [
     "COMMANDS",
@@ -38,6 +39,7 @@ __all__ = [
     "InWords",
     "KnnConfig",
     "LabelledSettings",
+    "LinearConfig",
     "LogSettings",
     "ModelSettings",
     "MonitorSettings",
@@ -47,4 +49,8 @@ __all__ = [
     "TeacherSettings",
 ]
 
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
+COMMANDS: dict[str, type[Settings]] = {
+    "pretrain": PretrainConfig,
+    "knn": KnnConfig,
+    "linear": LinearConfig,
+}
