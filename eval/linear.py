@@ -222,7 +222,7 @@ def notes_on_rates(probe: Probe) -> list[str]:
 
 
 def head_path(settings: LinearConfig, output: Path) -> Path:
-    """Beside the result: eval/linear_head_BRANCH.safetensors of a run, or OUTPUT_head.safetensors."""
+    """eval/linear_head_BRANCH.safetensors of a run directory, else OUTPUT_head.safetensors."""
     if settings.output is None:
         return output.with_name(f"linear_head_{settings.branch}.safetensors")
     return output.with_name(f"{output.stem}_head.safetensors")
