@@ -36,6 +36,7 @@ COMMANDS = {
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
     "finetune": Command("eval.finetune", "train a backbone on labelled images and score it"),
     "visualize": Command("eval.visualize", "show what a backbone sees, on images or a video"),
+    "linear": Command("eval.linear", "score a backbone by linear classifiers on its features"),
 }
 
 

@@ -6,7 +6,7 @@ Used by the offline evaluators and by the k-NN monitor during training: one code
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.images import BrokenImage
-from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.data.loader import CropBatch, EvalTransform, image_batches
 from dino_kd.distributed import all_gather_objects, all_gather_rows, rank, world_size
 from dino_kd.errors import DataError
 from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
@@ -107,6 +107,43 @@ def extract_features(
             pin_memory=device.type == "cuda",
             on_batch=on_batch,
         )
+
+
+def crop_features(
+    backbone: Backbone,
+    batches: Iterable[CropBatch],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    parts: Sequence[str] = (OUTPUT,),
+) -> Iterator[tuple[dict[str, Tensor], CropBatch]]:
+    """The features of the first crop of every image, batch by batch: eval mode, no gradients.
+
+    What a classifier on a frozen backbone trains on when its images are augmented. The backbone
+    is in eval mode until the iteration ends; its training mode is restored then.
+
+    Args:
+        backbone: on `device`.
+        batches: of `crop_batches`.
+        batch_size: images per forward pass; larger batches are passed in pieces.
+        device: where the network is, and where the features stay.
+        precision: "fp32" or "bf16" (autocast); the features are float32 in both.
+        parts: names as in `Backbone.parts`.
+    """
+    device = torch.device(device)
+    with _evaluation_mode(backbone, device, precision):
+        for batch in batches:
+            pieces: dict[str, list[Tensor]] = {name: [] for name in parts}
+            for crops in batch.crops.global_crops[0].split(batch_size):
+                with (
+                    torch.no_grad(),
+                    torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+                ):
+                    images = backbone.preprocess(crops.to(device, non_blocking=True))
+                    for name, values in backbone.parts(images, parts).items():
+                        pieces[name].append(values.float())
+            yield {name: torch.cat(values) for name, values in pieces.items()}, batch
 
 
 def pixel_features(

@@ -34,6 +34,7 @@ LAYERS = {
     "dino_kd.pca": 2,
     "dino_kd.visualize": 2,
     "dino_kd.knn": 2,
+    "dino_kd.linear": 2,
     "dino_kd.engine": 3,
     "dino_kd.tasks": 4,
     "dino_kd.presets": 5,

@@ -28,6 +28,7 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.probes import LinearConfig
 from dino_kd.schema.suite import EvaluateConfig
 from dino_kd.schema.visualize import VisualizeConfig
 
@@ -46,6 +47,7 @@ __all__ = [
     "InWords",
     "KnnConfig",
     "LabelledSettings",
+    "LinearConfig",
     "LogSettings",
     "ModelSettings",
     "MonitorSettings",
@@ -64,4 +66,5 @@ COMMANDS: dict[str, type[Settings]] = {
     "knn": KnnConfig,
     "finetune": FinetuneConfig,
     "visualize": VisualizeConfig,
+    "linear": LinearConfig,
 }
