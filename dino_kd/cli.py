@@ -33,6 +33,10 @@ COMMANDS = {
     "demo": Command("dino_kd.demo", "pretrain on generated images and show what was learned"),
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
+    "embed": Command("eval.embed", "write the features of images to a file"),
+    "search": Command("eval.search", "find the nearest images of a gallery"),
+    "duplicates": Command("eval.duplicates", "find near-duplicates, within and between sets"),
+    "quality": Command("eval.quality", "judge features without labels"),
 }
 
 

@@ -8,6 +8,7 @@ Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`
 from __future__ import annotations
 
 from dino_kd.schema.base import InWords, Settings
+from dino_kd.schema.embed import DuplicatesConfig, EmbedConfig, SearchConfig
 from dino_kd.schema.evaluators import (
     BackboneSettings,
     FeatureSettings,
@@ -26,6 +27,7 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.quality import QualityConfig
 
 __all__ = [
     "COMMANDS",
@@ -33,6 +35,8 @@ __all__ = [
     "BackboneSettings",
     "CropSettings",
     "DataSettings",
+    "DuplicatesConfig",
+    "EmbedConfig",
     "FeatureSettings",
     "HeadSettings",
     "InWords",
@@ -43,8 +47,17 @@ __all__ = [
     "MonitorSettings",
     "OptimSettings",
     "PretrainConfig",
+    "QualityConfig",
+    "SearchConfig",
     "Settings",
     "TeacherSettings",
 ]
 
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
+COMMANDS: dict[str, type[Settings]] = {
+    "pretrain": PretrainConfig,
+    "knn": KnnConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
+    "duplicates": DuplicatesConfig,
+    "quality": QualityConfig,
+}
