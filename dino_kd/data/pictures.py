@@ -33,7 +33,7 @@ def save_crop_picture(crops: Crops, path: str | Path, max_images: int = 8) -> No
 
 
 def save_contact_sheet(
-    columns: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | Path
+    columns: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | Path, *, row: str = "image"
 ) -> None:
     """Write a PNG of labelled columns, one row per image.
 
@@ -41,6 +41,7 @@ def save_contact_sheet(
         columns: a title and one picture uint8 ``[C, h, w]`` for every row; sizes may differ
             between columns. All are enlarged by the same whole number when they are small.
         path: where to.
+        row: what a row is called; its number follows.
 
     Raises:
         UserError: the disk is full.
@@ -49,7 +50,7 @@ def save_contact_sheet(
     factor = max(1, round(_SHOWN_SIDE / max(max(p[0].shape[-2:]) for _, p in columns)))
     font = _font()
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = int(ruler.textlength(f"image {rows}", font)) + 2 * _GAP
+    margin = int(ruler.textlength(f"{row} {rows}", font)) + 2 * _GAP
     widths = [
         max(pixels[0].shape[-1] * factor, int(ruler.textlength(name, font)))
         for name, pixels in columns
@@ -61,14 +62,28 @@ def save_contact_sheet(
     left = margin
     for (name, pixels), width in zip(columns, widths, strict=True):
         draw.text((left, _GAP // 2), name, _INK, font)
-        for row in range(rows):
-            top = _TEXT_HEIGHT + _GAP // 2 + row * row_height
-            sheet.paste(_picture(pixels[row], factor), (left, top))
+        for number in range(rows):
+            top = _TEXT_HEIGHT + _GAP // 2 + number * row_height
+            sheet.paste(_picture(pixels[number], factor), (left, top))
         left += width + _GAP
-    for row in range(rows):
-        top = _TEXT_HEIGHT + _GAP // 2 + row * row_height
-        draw.text((_GAP, top), f"image {row + 1}", _INK, font)
+    for number in range(rows):
+        top = _TEXT_HEIGHT + _GAP // 2 + number * row_height
+        draw.text((_GAP, top), f"{row} {number + 1}", _INK, font)
     write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def tile(image: np.ndarray | None, side: int) -> np.ndarray:
+    """An image uint8 ``[H, W, C]`` inside a white square: uint8 ``[3, side, side]``.
+
+    Larger images are shrunk, smaller ones stay as they are; None gives the empty square.
+    """
+    square = Image.new("RGB", (side, side), _BACKGROUND)
+    if image is not None:
+        shown = image[:, :, :3] if image.shape[2] >= 3 else np.repeat(image[:, :, :1], 3, axis=2)
+        picture = Image.fromarray(np.ascontiguousarray(shown))
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(square).transpose(2, 0, 1)
 
 
 def _picture(pixels: np.ndarray, factor: int) -> Image.Image:
