@@ -75,12 +75,14 @@ def save_contact_sheet(
 def tile(image: np.ndarray | None, side: int) -> np.ndarray:
     """An image uint8 ``[H, W, C]`` inside a white square: uint8 ``[3, side, side]``.
 
-    Larger images are shrunk, smaller ones stay as they are; None gives the empty square.
+    Larger images are shrunk, smaller ones enlarged by a whole number, pixel by pixel; None gives
+    the empty square.
     """
     square = Image.new("RGB", (side, side), _BACKGROUND)
     if image is not None:
         shown = image[:, :, :3] if image.shape[2] >= 3 else np.repeat(image[:, :, :1], 3, axis=2)
         picture = Image.fromarray(np.ascontiguousarray(shown))
+        picture = _enlarged(picture, max(1, side // max(picture.size)))
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return np.asarray(square).transpose(2, 0, 1)
@@ -89,10 +91,12 @@ def tile(image: np.ndarray | None, side: int) -> np.ndarray:
 def _picture(pixels: np.ndarray, factor: int) -> Image.Image:
     """One crop uint8 [C, h, w] as an RGB picture, each pixel `factor` wide."""
     shown = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
-    picture = Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
-    return picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-    )
+    return _enlarged(Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0))), factor)
+
+
+def _enlarged(picture: Image.Image, factor: int) -> Image.Image:
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
