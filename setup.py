@@ -25,6 +25,7 @@ def version() -> str:
 
 # setuptools builds a test runner, so that `pip wheel --no-build-isolation` works in the tests
 TEST = ["pytest>=7.4", "setuptools>=70.1", "tensorboard"]
+PARQUET = ["pyarrow>=14.0"]
 
 setup(
     name="dino_kd",
@@ -64,8 +65,9 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "build>=1.0", "mypy>=1.8", "ruff>=0.6", "types-PyYAML"],
+        "dev": [*TEST, *PARQUET, "build>=1.0", "mypy>=1.8", "ruff>=0.6", "types-PyYAML"],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
+        "parquet": PARQUET,
         "report": ["jinja2>=3.1"],
     },
     entry_points={"console_scripts": ["dino-kd=dino_kd.cli:main"]},

@@ -4,14 +4,13 @@
     python -m eval.duplicates backbone=runs/x train=/images/train test=/images/test
     torchrun --nproc_per_node=4 -m eval.duplicates backbone=runs/x train=... test=...
 
-Beside the JSON it writes the pairs as CSV, a picture of the worst groups, and a list of the training
-images to keep, which is a dataset spec. docs/embed.md says how pairs are found.
+Beside the JSON it writes the pairs as CSV, a picture of the worst groups, and a list of the
+training images to keep, which is a dataset spec. docs/embed.md says how pairs are found.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from .results import (
     make_result,
     result_path,
     save_result,
-    title,
 )
 from .subject import Subject, open_images, open_subject
 

@@ -9,6 +9,7 @@ docs/embed.md lists the formats and what lies in the files.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shutil
@@ -80,7 +81,7 @@ def embed(settings: EmbedConfig, device: torch.device) -> dict[str, Any]:
         broken += bank.broken
         if len(bank.indices):
             values = to_embeddings(bank, images, settings, about | {"broken": len(bank.broken)})
-            on_main(lambda file=output.with_name(name), v=values: write_embeddings(file, v))
+            on_main(functools.partial(write_embeddings, output.with_name(name), values))
             files.append({"file": name, "images": len(bank.indices)})
             count += len(bank.indices)
     if not files:
@@ -155,9 +156,8 @@ def make_plan(
     parts = part_shapes(subject, settings.parts)
     numbers = sum(math.prod(shape) for shape in parts.values())
     total = len(images)
-    size = settings.shard_images
-    if size == "auto":
-        size = max(1, _SHARD_BYTES // (4 * numbers))
+    wanted = settings.shard_images
+    size = max(1, _SHARD_BYTES // (4 * numbers)) if wanted == "auto" else wanted
     starts = range(0, total, min(size, total))
     names = [output.name]
     if len(starts) > 1:

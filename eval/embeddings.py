@@ -191,9 +191,7 @@ def _read_parquet(path: Path, where: str) -> Embeddings:
     from pyarrow import parquet
 
     schema = parquet.read_schema(path)
-    about = _checked(
-        json.loads((schema.metadata or {}).get(_KEY.encode(), b"{}")), path, where
-    )
+    about = _checked(json.loads((schema.metadata or {}).get(_KEY.encode(), b"{}")), path, where)
     wanted = [n for n in ("path", "index", "label", CLS) if n in schema.names]
     table = parquet.read_table(path, columns=wanted)
     features = table[CLS].combine_chunks()

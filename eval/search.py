@@ -241,8 +241,8 @@ def table(result: dict[str, Any], settings: SearchConfig) -> str:
     if rest > 0:
         lines.append(f"... and {rest} more images; output=FILE writes all of them")
     lines.append(
-        f"{len(result['found'])} images compared with {result['metrics']['gallery']:,} of the gallery; "
-        f"features {result['seconds']['features']:.1f} s, search "
+        f"{len(result['found'])} images compared with {result['metrics']['gallery']:,} of the "
+        f"gallery; features {result['seconds']['features']:.1f} s, search "
         f"{result['seconds']['search']:.1f} s"
     )
     return "\n".join(lines + closing_lines(result))

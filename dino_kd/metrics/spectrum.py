@@ -133,9 +133,7 @@ def uniformity(features: Tensor, t: float = 2.0, *, chunk: int = 1024) -> float:
 
 
 @torch.no_grad()
-def lidar(
-    views: Tensor, delta: float = LIDAR_DELTA, epsilon: float = RANKME_EPSILON
-) -> float:
+def lidar(views: Tensor, delta: float = LIDAR_DELTA, epsilon: float = RANKME_EPSILON) -> float:
     """Smooth rank of the LDA matrix whose classes are images: LiDAR (arXiv 2312.04000, section 4).
 
         Sb = mean_i (m_i - m)(m_i - m)^T,  Sw = mean_iq (e_iq - m_i)(e_iq - m_i)^T + delta I

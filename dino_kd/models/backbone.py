@@ -130,9 +130,9 @@ class Backbone(nn.Module):
         """Several features of normalised images ``[N, C, H, W]`` from one forward pass.
 
         ``output``: what `forward` returns ``[N, D]``. ``mean``: the mean patch of the final
-        features ``[N, Dp]``. ``patches``: all of them ``[N, P, Dp]``. ``block-K``: the class token of the K-th last block after the final
-        norm; without a class token, and for the K-th last stage of a CNN, its mean patch. A network
-        of fewer blocks gives its first one.
+        features ``[N, Dp]``. ``patches``: all of them ``[N, P, Dp]``. ``block-K``: the class token
+        of the K-th last block after the final norm; without a class token, and for the K-th last
+        stage of a CNN, its mean patch. A network of fewer blocks gives its first one.
         """
         depth = max((int(name[len("block-") :]) for name in names if name.startswith("block-")),
                     default=0)  # fmt: skip
