@@ -190,11 +190,14 @@ def open_gallery(settings: SearchConfig, subject: Subject) -> Gallery:
 def check_origin(path: Path, embeddings: Embeddings, subject: Subject) -> None:
     """Raise DataError unless the file's features and `subject`'s can be compared."""
     theirs, ours = embeddings.about["backbone"], subject.description
+    size = embeddings.about["protocol"]["image_size"]
     if theirs.get("sha256") != ours.get("sha256"):
+        # a ViT's position embeddings are part of its weights, and follow the input's size
+        other = f" and image_size={size}" if size != list(subject.size) else ""
         raise DataError(
             f"gallery: {path} was made by {_origin(theirs)}, and the backbone here is "
             f"{_origin(ours)}: their features cannot be compared. Name the backbone it was made "
-            "with, or run 'dino-kd embed' again with this one"
+            f"with{other}, or run 'dino-kd embed' again with this one"
         )
     width = embeddings.parts[CLS].shape[1]
     expected = (
@@ -205,8 +208,7 @@ def check_origin(path: Path, embeddings: Embeddings, subject: Subject) -> None:
     if width != expected:
         raise DataError(
             f"gallery: {path} holds features of {width} numbers, and {ours['source']} gives "
-            f"{expected} here; use the image_size it was made with "
-            f"({embeddings.about['protocol']['image_size']})"
+            f"{expected} here; use the image_size it was made with ({size})"
         )
 
 
