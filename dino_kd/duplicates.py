@@ -14,6 +14,9 @@ COARSE = 0.35  # edges at half resolution that agree less than this show differe
 _CUT_OUTS = ((1.0, (0.5,)), (0.95, (0.0, 0.5, 1.0)), (0.9, (0.0, 0.5, 1.0)))
 # Root mean square of the gradient, in grey levels, below which a picture is flat and proves nothing
 _FLAT = 0.7
+# Edges beyond this many times a picture's own root mean square are cut down to it: else a frame, or
+# one horizon, is all that is compared. On CIFAR-10 it took 64 of 68 pairs of framed pictures away.
+_STRONGEST = 2.0
 
 
 @torch.no_grad()
@@ -23,6 +26,7 @@ def appearance(first: Tensor, second: Tensor, *, chunk: int = 1024) -> Tensor:
     Compared are the horizontal and vertical grey-level differences of both pictures as they are,
     with either one replaced by its cut-out of 95 or 90 % of each side at nine places, and with one
     of them mirrored. Differences know nothing of brightness, their correlation nothing of contrast.
+    A picture's strongest edges are cut down, so that a frame does not outweigh what is in it.
     A first look at half the resolution and at the centre spares most pairs the rest: below `COARSE`
     its correlation is returned. (Of 25,000 re-encoded, resized, cropped, mirrored and brightened
     copies none was below 0.41; of the nearest distinct images 85 to 95 % were.)
@@ -118,6 +122,8 @@ def _edges(pictures: Tensor) -> Tensor:
     across = (pictures[:, :, 2:] - pictures[:, :, :-2]).flatten(1)
     down = (pictures[:, 2:] - pictures[:, :-2]).flatten(1)
     edges = torch.cat([across, down], 1)
+    strength = edges.square().mean(dim=1, keepdim=True).sqrt().clamp_min(_FLAT)
+    edges = edges.clamp(-_STRONGEST * strength, _STRONGEST * strength)
     length = edges.norm(dim=1, keepdim=True)
     # a flat picture's edges are noise: scaled down, so that they correlate with nothing
     return edges / length.clamp_min(_FLAT * edges.shape[1] ** 0.5)
