@@ -88,15 +88,19 @@ def test_appearance_of_equal_pictures_is_the_correlation_of_their_edges():
     assert found.item() == pytest.approx(edges(image) @ edges(noisy), abs=1e-5)
 
 
-def test_a_frame_makes_no_two_pictures_the_same():
+def test_a_frame_does_not_outweigh_what_is_in_it():
+    """The limit on strong edges lowers the median here from 0.50 to 0.43."""
     framed = []
     for seed in range(8):
         pixels = np.full((128, 128, 3), 255, dtype=np.uint8)
-        pixels[14:-14, 14:-14] = np.asarray(picture(seed, 100))
+        inside = picture(seed, 100).point(lambda v: min(255, max(0, 3 * (v - 128) + 128)))
+        pixels[14:-14, 14:-14] = np.asarray(inside)
         framed.append(Image.fromarray(pixels))
     images = grey(framed)
     one, other = torch.triu_indices(8, 8, offset=1)
-    assert appearance(images[one], images[other]).max() < 0.7
+    found = appearance(images[one], images[other])
+    assert found.max() < 0.7
+    assert found.median() < 0.47
     assert appearance(images, grey([jpeg(image) for image in framed])).min() > 0.9
 
 

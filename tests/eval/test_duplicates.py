@@ -69,7 +69,9 @@ def test_planted_copies_are_found_and_nothing_else(sets, tmp_path, source, capsy
     }  # fmt: skip
     assert result["metrics"] == expected
     printed = capsys.readouterr().out
-    assert "3  test images (42.86 %) have a duplicate in train, 2 of them pixel for pixel" in printed
+    assert (
+        "3  test images (42.86 %) have a duplicate in train, 2 of them pixel for pixel" in printed
+    )
     assert "2  of those have the class of that duplicate, 1 another one" in printed
 
 

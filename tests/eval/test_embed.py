@@ -22,7 +22,6 @@ from dino_kd.models.backbone import create_backbone
 from dino_kd.pretrained import backbone_hash, load_backbone, save_backbone
 from eval import embed, search
 from eval.embeddings import read_embeddings
-
 from tests.eval.tiny_sets import QUIET, write_backbone, write_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -22,7 +22,6 @@ from dino_kd.metrics import spectrum
 from dino_kd.pretrained import load_backbone, save_backbone
 from dino_kd.schema import QualityConfig
 from eval import quality
-
 from tests.eval.tiny_sets import QUIET, write_backbone, write_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -133,8 +132,8 @@ def test_mistakes_are_named(images, folder, tmp_path):
     (write_set(tmp_path / "two", 2) / "000.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"has 1 image that can be read"):
         run(folder, tmp_path / "two", tmp_path)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty folder"):
-        (tmp_path / "empty").mkdir()
         run(folder, tmp_path / "empty", tmp_path)
     backbone = load_backbone(folder)
     torch.nn.init.constant_(backbone.net.norm.bias, float("nan"))
