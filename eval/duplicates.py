@@ -190,8 +190,8 @@ def notes_on(settings: DuplicatesConfig, findings: Findings) -> list[str]:
         )
     if findings.metrics["conflicts"]:
         notes.append(
-            f"{findings.metrics['conflicts']} groups hold images of different classes: labels may "
-            "be wrong"
+            "groups of different classes come first in the picture: a label is wrong, or the "
+            "group is"
         )
     return notes
 
