@@ -23,9 +23,10 @@ def version() -> str:
     return found[1]
 
 
-VIDEO = ["av>=14.0"]  # the first that tells how a film is turned
 # setuptools builds a test runner, so that `pip wheel --no-build-isolation` works in the tests
 TEST = ["pytest>=7.4", "setuptools>=70.1", "tensorboard"]
+VIDEO = ["av>=14.0"]  # the first that tells how a film is turned
+PARQUET = ["pyarrow>=14.0"]
 
 setup(
     name="dino_kd",
@@ -70,9 +71,18 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, *VIDEO, "build>=1.0", "mypy>=1.8", "ruff>=0.6", "types-PyYAML"],
+        "dev": [
+            *TEST,
+            *VIDEO,
+            *PARQUET,
+            "build>=1.0",
+            "mypy>=1.8",
+            "ruff>=0.6",
+            "types-PyYAML",
+        ],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
         "video": VIDEO,
+        "parquet": PARQUET,
     },
     entry_points={"console_scripts": ["dino-kd=dino_kd.cli:main"]},
 )

@@ -37,6 +37,10 @@ COMMANDS = {
     "finetune": Command("eval.finetune", "train a backbone on labelled images and score it"),
     "visualize": Command("eval.visualize", "show what a backbone sees, on images or a video"),
     "linear": Command("eval.linear", "score a backbone by linear classifiers on its features"),
+    "embed": Command("eval.embed", "write the features of images to a file"),
+    "search": Command("eval.search", "find the nearest images of a gallery"),
+    "duplicates": Command("eval.duplicates", "find near-duplicates, within and between sets"),
+    "quality": Command("eval.quality", "judge features without labels"),
 }
 
 

@@ -23,6 +23,14 @@ from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_
 OUTPUT = "output"  # the part that is always there: what the network itself returns
 
 
+class NothingReadable(DataError):  # noqa: N818 - reads as what it is
+    """Not one of the images could be read; `broken` says why."""
+
+    def __init__(self, message: str, broken: list[BrokenImage]) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
 @dataclass
 class FeatureBank:
     """Features of a set of images, on the CPU, complete on every process.
@@ -32,8 +40,8 @@ class FeatureBank:
         labels: int64 ``[N]``, None when the dataset has none.
         indices: int64 ``[N]``, positions in the dataset, in the order that was asked for.
         broken: images that could not be read; they have no row.
-        parts: further features ``[N, D_part]`` of the same images, by the names of
-            `Backbone.parts`.
+        parts: further features ``[N, D_part]`` of the same images, patches ``[N, P, Dp]``, by the
+            names of `Backbone.parts`.
         cached: they were read from a file instead of computed.
     """
 
@@ -83,7 +91,7 @@ def extract_features(
 
     Raises:
         ConfigError: `size` does not fit the network's patch.
-        DataError: no image could be read.
+        NothingReadable: no image could be read.
     """
     size = as_size(size)
     check_input_size(backbone, size, where="image_size")
@@ -215,15 +223,19 @@ def _collect(
         if on_batch is not None:
             on_batch(len(positions))
     all_indices = all_gather_rows(torch.cat(kept))
+    all_broken = all_gather_objects(broken)
     if len(all_indices) == 0:
-        raise DataError(f"{dataset.spec}: none of its {len(wanted)} images could be read")
+        raise NothingReadable(
+            f"{dataset.spec}: none of its {len(wanted)} images could be read", all_broken
+        )
     mine = {name: torch.cat(parts) for name, parts in features.items()}
-    # A process without a single image learns the names and widths from the others.
-    for name, width in sorted(set(all_gather_objects([(n, v.shape[1]) for n, v in mine.items()]))):
-        mine[name] = all_gather_rows(mine.get(name, torch.zeros(0, width)))
+    # A process without a single image learns the names and shapes from the others.
+    shapes = all_gather_objects([(name, tuple(v.shape[1:])) for name, v in mine.items()])
+    for name, shape in sorted(set(shapes)):
+        mine[name] = all_gather_rows(mine.get(name, torch.zeros(0, *shape)))
     labels = None if dataset.labels is None else torch.as_tensor(dataset.labels)[all_indices]
     output = mine.pop(OUTPUT)
-    return FeatureBank(output, labels, all_indices, all_gather_objects(broken), mine)
+    return FeatureBank(output, labels, all_indices, all_broken, mine)
 
 
 @contextlib.contextmanager

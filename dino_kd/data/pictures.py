@@ -104,6 +104,22 @@ def shown_bands(pixels: np.ndarray) -> np.ndarray:
     return pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
 
 
+def tile(image: np.ndarray | None, side: int) -> np.ndarray:
+    """An image uint8 ``[H, W, C]`` inside a white square: uint8 ``[3, side, side]``.
+
+    Larger images are shrunk, smaller ones enlarged by a whole number, pixel by pixel; None gives
+    the empty square.
+    """
+    square = Image.new("RGB", (side, side), _BACKGROUND)
+    if image is not None:
+        bands = shown_bands(image.transpose(2, 0, 1)).transpose(1, 2, 0)
+        picture = Image.fromarray(np.ascontiguousarray(bands))
+        picture = _enlarged(picture, max(1, side // max(picture.size)))
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(square).transpose(2, 0, 1)
+
+
 Drawn = tuple[Image.Image, str]
 
 
@@ -131,11 +147,14 @@ def _picture(pixels: np.ndarray, factor: int) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(shown_bands(pixels).transpose(1, 2, 0)))
     scale = min(factor, _LARGEST_SHORT_SIDE / min(picture.size))
     if scale >= factor:
-        return picture.resize(
-            (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-        )
+        return _enlarged(picture, factor)
     size = (round(picture.width * scale), round(picture.height * scale))
     return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _enlarged(picture: Image.Image, factor: int) -> Image.Image:
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -8,6 +8,7 @@ Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`
 from __future__ import annotations
 
 from dino_kd.schema.base import InWords, RunSettings, Settings
+from dino_kd.schema.embed import DuplicatesConfig, EmbedConfig, SearchConfig
 from dino_kd.schema.evaluators import (
     BackboneSettings,
     FeatureSettings,
@@ -29,6 +30,7 @@ from dino_kd.schema.pretrain import (
     TeacherSettings,
 )
 from dino_kd.schema.probes import LinearConfig
+from dino_kd.schema.quality import QualityConfig
 from dino_kd.schema.suite import EvaluateConfig
 from dino_kd.schema.visualize import VisualizeConfig
 
@@ -39,6 +41,8 @@ __all__ = [
     "BackboneSettings",
     "CropSettings",
     "DataSettings",
+    "DuplicatesConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "FeatureSettings",
     "FinetuneConfig",
@@ -53,7 +57,9 @@ __all__ = [
     "MonitorSettings",
     "OptimSettings",
     "PretrainConfig",
+    "QualityConfig",
     "RunSettings",
+    "SearchConfig",
     "Settings",
     "SourceSettings",
     "TeacherSettings",
@@ -67,4 +73,8 @@ COMMANDS: dict[str, type[Settings]] = {
     "finetune": FinetuneConfig,
     "visualize": VisualizeConfig,
     "linear": LinearConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
+    "duplicates": DuplicatesConfig,
+    "quality": QualityConfig,
 }
