@@ -33,6 +33,9 @@ COMMANDS = {
     "demo": Command("dino_kd.demo", "pretrain on generated images and show what was learned"),
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
+    "retrieval": Command("eval.retrieval", "find images of the same building (Oxford, Paris)"),
+    "copydetect": Command("eval.copydetect", "find the original of an altered copy (Copydays)"),
+    "video": Command("eval.video", "follow objects through videos (DAVIS)"),
 }
 
 

@@ -26,11 +26,19 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.retrieval import (
+    BenchmarkSettings,
+    CopydetectConfig,
+    RetrievalConfig,
+    VideoConfig,
+)
 
 __all__ = [
     "COMMANDS",
     "CROP_PRESETS",
     "BackboneSettings",
+    "BenchmarkSettings",
+    "CopydetectConfig",
     "CropSettings",
     "DataSettings",
     "FeatureSettings",
@@ -43,8 +51,16 @@ __all__ = [
     "MonitorSettings",
     "OptimSettings",
     "PretrainConfig",
+    "RetrievalConfig",
     "Settings",
     "TeacherSettings",
+    "VideoConfig",
 ]
 
-COMMANDS: dict[str, type[Settings]] = {"pretrain": PretrainConfig, "knn": KnnConfig}
+COMMANDS: dict[str, type[Settings]] = {
+    "pretrain": PretrainConfig,
+    "knn": KnnConfig,
+    "retrieval": RetrievalConfig,
+    "copydetect": CopydetectConfig,
+    "video": VideoConfig,
+}

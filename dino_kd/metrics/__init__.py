@@ -1,0 +1,1 @@
+"""Scores of rankings and masks as pure functions of arrays; nothing here reads a file."""
