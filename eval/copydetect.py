@@ -1,7 +1,7 @@
 """Score a frozen backbone by copy detection: INRIA Copydays.
 
     dino-kd copydetect backbone=runs/x root=/data/copydays
-    dino-kd copydetect backbone=runs/x root=/data/copydays distractors=/data/others whiten=/data/more
+    dino-kd copydetect backbone=runs/x root=/data/copydays distractors=/others whiten=/more
     torchrun --nproc_per_node=4 -m eval.copydetect backbone=runs/x root=/data/copydays
 
 Douze et al. 2009; features as in DINO (arXiv 2104.14294). docs/retrieval.md describes folders and

@@ -1,4 +1,4 @@
-"""What the retrieval evaluators share: a backbone, a view of whole images, and their descriptors."""
+"""What the retrieval evaluators share: a backbone, a view of whole images, their descriptors."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ def check_any_size(backbone: Backbone, device: torch.device) -> None:
             backbone(probe)
     except FORWARD_FAILURES as error:
         raise ConfigError(
-            f"backbone: {backbone.name} takes one image size only, and this command shows it images "
-            f"of several ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            f"backbone: {backbone.name} takes one image size only, and this command shows it "
+            f"several ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
             "use a plain ViT or a CNN"
         ) from error
 

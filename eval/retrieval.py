@@ -55,7 +55,7 @@ def score(settings: RetrievalConfig, device: torch.device) -> dict[str, Any]:
     """
     watch = Stopwatch()
     output = result_path(settings, "retrieval")
-    names = (
+    names: list[str] = (
         find_revisited(settings.root, "root") if settings.dataset == "auto" else [settings.dataset]
     )
     sets = [read_revisited(settings.root, name, "root") for name in names]

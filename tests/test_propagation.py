@@ -1,4 +1,4 @@
-"""Label propagation against a loop over patches and neighbours, and on videos worked out by hand."""
+"""Label propagation against a loop over patches, and on videos worked out by hand."""
 
 from __future__ import annotations
 

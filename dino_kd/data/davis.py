@@ -86,8 +86,8 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, list[int] | None]:
         with Image.open(path) as picture:
             if picture.mode not in ("P", "L"):
                 raise DataError(
-                    f"{path} holds colours ({picture.mode}), and an annotation holds the numbers of "
-                    "objects: a PNG with a palette. Was it saved by another program?"
+                    f"{path} holds colours ({picture.mode}), and an annotation holds the numbers "
+                    "of objects: a PNG with a palette. Was it saved by another program?"
                 )
             return np.array(picture), picture.getpalette() if picture.mode == "P" else None
     except UnidentifiedImageError:

@@ -1,4 +1,4 @@
-"""Images by their paths, whole or cut to a box: the images of sets that come with their own lists."""
+"""Images by their paths, whole or cut to a box: of benchmarks that come with their own lists."""
 
 from __future__ import annotations
 

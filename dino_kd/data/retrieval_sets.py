@@ -145,8 +145,8 @@ def _indices(
         fits = False
     if not fits:
         raise DataError(
-            f"{where}: {file}: gnd[{query}][{kind!r}] should be whole numbers from 0 to {size - 1}, "
-            f"indices into imlist; found {str(entry.get(kind, 'nothing'))[:80]}."
+            f"{where}: {file}: gnd[{query}][{kind!r}] should be whole numbers from 0 to "
+            f"{size - 1}, indices into imlist; found {str(entry.get(kind, 'nothing'))[:80]}."
         )
     return indices
 

@@ -18,8 +18,8 @@ from dino_kd.errors import DataError
 
 # What damaged or hostile bytes make the unpickler and numpy raise.
 _FAILURES = (
-    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, MemoryError,
-    OverflowError, TypeError, ValueError, struct.error,
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError,
+    MemoryError, OverflowError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 _NUMPY_CORES = ("numpy.core", "numpy._core")  # before and since numpy 2
 

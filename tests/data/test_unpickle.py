@@ -61,7 +61,11 @@ def test_strings_and_arrays_of_python_2_are_understood(tmp_path):
     """Python 2 wrote byte strings, also for the contents of an array (here int64 [1, 200])."""
     path = tmp_path / "gnd.pkl"
     contents = np.array([1, 200], dtype="<i8").tobytes()
-    dtype = b"cnumpy\ndtype\nU\x02i8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    dtype = (
+        b"cnumpy\ndtype\nU\x02i8K\x00K\x01\x87R(K\x03U\x01<NNN"
+        + 2 * b"J\xff\xff\xff\xff"
+        + b"K\x00tb"
+    )
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
         b"(K\x01K\x02\x85" + dtype + b"\x89U" + bytes([len(contents)]) + contents + b"tb"
