@@ -146,7 +146,9 @@ def test_copydays_is_read(tmp_path, jpeg):
 
 
 def test_missing_pieces_of_copydays_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"no .*original \(.*nowhere is no folder\). Expected: ROOT"):
+    with pytest.raises(
+        DataError, match=r"no .*original \(.*nowhere is no folder\). Expected: ROOT"
+    ):
         read_copydays(tmp_path / "nowhere", "root")
     write_picture(tmp_path / "folder" / "a.jpg")
     with pytest.raises(DataError, match=r"there is no .*original \(found a.jpg\)"):
