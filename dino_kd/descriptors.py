@@ -39,6 +39,7 @@ def describe(
     parts: Sequence[str] = ("cls",),
     gem_power: float = 4.0,
     scales: Sequence[float] = (1.0,),
+    multiple: int | None = None,
 ) -> Tensor:
     """Descriptors ``[N, D]`` (not normalised) of normalised images ``[N, C, H, W]``.
 
@@ -48,11 +49,13 @@ def describe(
         parts: "cls" (the network's own output) and "gem", concatenated in this order.
         gem_power: exponent of "gem".
         scales: factors; the descriptors of all scales are averaged. Scaled images are resized
-            bilinearly and lose the rows below and columns right of the last whole patch.
+            bilinearly and lose the rows below and columns right of the last whole `multiple`.
+        multiple: of pixels that sides need; None: the patch, 1 without patches.
     """
+    multiple = multiple or backbone.patch_size or 1
     total: Tensor | None = None
     for scale in scales:
-        view = images if scale == 1 else _scaled(images, scale, backbone.patch_size or 1)
+        view = images if scale == 1 else _scaled(images, scale, multiple)
         if tuple(parts) == ("cls",):
             found = backbone(view).float()
         else:

@@ -23,10 +23,9 @@ from dino_kd.data.retrieval_sets import CopySet, read_copydays
 from dino_kd.data.whole_views import Stretch
 from dino_kd.distributed import is_main_process, process_group
 from dino_kd.metrics.ranking import mean_scores, rank_by_similarity, score_query
-from dino_kd.models.backbone import Backbone
 from dino_kd.schema import CopydetectConfig
 
-from .described import describe_protocol, open_describer, open_extra, whitened
+from .described import Describer, describe_protocol, open_describer, open_extra, whitened
 from .results import (
     Stopwatch,
     closing_lines,
@@ -58,15 +57,9 @@ def score(settings: CopydetectConfig, device: torch.device) -> dict[str, Any]:
     watch = Stopwatch()
     output = result_path(settings, "copydetect")
     copies = read_copydays(settings.root, "root")
-    side = settings.image_size
-
-    def square(backbone: Backbone) -> Stretch:
-        nonlocal side
-        patch = backbone.patch_size or 1
-        side = max(patch, side - side % patch)
-        return Stretch((side, side))
-
-    describer = open_describer(settings, device, square)
+    describer = open_describer(
+        settings, device, lambda multiple: square(settings.image_size, multiple)
+    )
     more = open_extra(describer, settings.distractors, "distractors")
     extra = open_extra(describer, settings.whiten, "whiten")
     data: dict[str, Any] = {}
@@ -98,10 +91,7 @@ def score(settings: CopydetectConfig, device: torch.device) -> dict[str, Any]:
         "copydetect",
         settings,
         metrics=metrics,
-        protocol=describe_protocol(describer, settings)
-        | ({} if describer.backbone is None else {"image_size": side})
-        | {"view": "stretched to a square", "distance": "cosine"}
-        | {"average_precision": "trapezoidal, over the whole ranking"},
+        protocol=describe_protocol(describer, settings) | copy_protocol(describer, settings),
         backbone=describer.description,
         data=data,
         device=device,
@@ -111,6 +101,21 @@ def score(settings: CopydetectConfig, device: torch.device) -> dict[str, Any]:
     print(table(result, settings, copies))
     save_result(result, output)
     return result
+
+
+def copy_protocol(describer: Describer, settings: CopydetectConfig) -> dict[str, Any]:
+    """How images are shown and descriptors become numbers."""
+    found = {"distance": "cosine", "average_precision": "trapezoidal, over the whole ranking"}
+    if describer.backbone is None:
+        return found
+    side = square(settings.image_size, describer.multiple).size[0]
+    return {"image_size": side, "view": "stretched to a square", **found}
+
+
+def square(side: int, multiple: int) -> Stretch:
+    """Stretch to a square of `side` pixels, rounded down to a multiple, one at the least."""
+    side = max(multiple, side - side % multiple)
+    return Stretch((side, side))
 
 
 def evaluate(copies: CopySet, queries: Tensor, bank: Tensor) -> Iterator[tuple[str, float]]:

@@ -37,12 +37,14 @@ class Describer:
     Attributes:
         backbone: in eval mode, at the size it was trained for; other sizes resample its positions.
         description: what a result says about it.
+        multiple: of pixels that the sides of an image are cut to.
         parts: as `dino_kd.descriptors.describe`, as well as `gem_power` and `scales`.
     """
 
     backbone: Backbone | None
     description: dict[str, Any]
-    transform: Callable[[np.ndarray], np.ndarray] | None
+    transform: Callable[[np.ndarray], np.ndarray]
+    multiple: int
     parts: tuple[str, ...]
     gem_power: float
     scales: tuple[float, ...]
@@ -94,7 +96,6 @@ class Describer:
                 num_workers=self.num_workers,
                 on_batch=on_batch,
             )
-        assert self.transform is not None  # there is a network
 
         def described(views: Tensor) -> dict[str, Tensor]:
             found = describe(
@@ -103,6 +104,7 @@ class Describer:
                 parts=self.parts,
                 gem_power=self.gem_power,
                 scales=self.scales,
+                multiple=self.multiple,
             )
             return {OUTPUT: found}
 
@@ -122,21 +124,21 @@ class Describer:
 def open_describer(
     settings: RetrievalConfig | CopydetectConfig,
     device: torch.device,
-    view: Callable[[Backbone], Callable[[np.ndarray], np.ndarray]],
+    view: Callable[[int], Callable[[np.ndarray], np.ndarray]],
     scales: tuple[float, ...] = (1.0,),
 ) -> Describer:
-    """Load what `settings` names; `view` makes the images' transform for a network.
+    """Load what `settings` names; `view` makes the images' transform for sides of whole multiples.
 
     Raises:
         UserError: no such backbone, or one that takes a single size only.
     """
     backbone, description = open_network(settings, device)
-    if backbone is not None:
-        check_any_size(backbone, device)
+    multiple = 1 if backbone is None else side_multiple(backbone, device)
     return Describer(
         backbone=backbone,
         description=description,
-        transform=None if backbone is None else view(backbone),
+        transform=view(multiple),
+        multiple=multiple,
         parts=tuple(settings.features.split("+")),
         gem_power=settings.gem_power,
         scales=scales,
@@ -158,19 +160,29 @@ def open_network(
     return open_backbone(settings.model_copy(update={"image_size": None}), device)
 
 
-def check_any_size(backbone: Backbone, device: torch.device) -> None:
-    """Raise ConfigError unless the network takes images of another aspect ratio than its own."""
-    side = backbone.patch_size or 32
-    probe = torch.zeros(1, backbone.in_chans, 2 * side, 3 * side, device=device)
-    try:
-        with torch.no_grad():
-            backbone(probe)
-    except FORWARD_FAILURES as error:
-        raise ConfigError(
-            f"backbone: {backbone.name} takes one image size only, and this command shows it "
-            f"several ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-            "use a plain ViT or a CNN"
-        ) from error
+def side_multiple(backbone: Backbone, device: torch.device) -> int:
+    """What the sides of an image must be a multiple of, in pixels, found by trying.
+
+    The patch of a ViT; 1 for most CNNs; the first patch of a hierarchical network (Swin: 4).
+
+    Raises:
+        ConfigError: the network takes no other aspect ratio than its own.
+    """
+    sides = (backbone.patch_size,) if backbone.patch_size else (1, 2, 4, 8, 16, 32)
+    for side in sides:
+        size = (64 // side * side + side, 96 // side * side + side)
+        probe = torch.zeros(1, backbone.in_chans, *size, device=device)
+        try:
+            with torch.no_grad():
+                backbone(probe)
+        except FORWARD_FAILURES as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            continue
+        return side
+    raise ConfigError(
+        f"backbone: {backbone.name} takes one image size only, and this command shows it several "
+        f"({reason}); use a plain ViT or a CNN"
+    )
 
 
 def describe_protocol(describer: Describer, settings: RetrievalConfig | CopydetectConfig) -> dict:
@@ -179,6 +191,7 @@ def describe_protocol(describer: Describer, settings: RetrievalConfig | Copydete
         return {"features": f"pixels, {PIXEL_SIZE} x {PIXEL_SIZE}", "whiten": settings.whiten}
     found: dict[str, Any] = {
         "image_size": settings.image_size,
+        "side_multiple": describer.multiple,
         "interpolation": "bicubic",
         "precision": describer.precision,
         "features": settings.features,

@@ -62,7 +62,7 @@ def score(settings: RetrievalConfig, device: torch.device) -> dict[str, Any]:
     describer = open_describer(
         settings,
         device,
-        lambda backbone: FitWithin(settings.image_size, backbone.patch_size or 1),
+        lambda multiple: FitWithin(settings.image_size, multiple),
         DINO_SCALES if settings.multiscale else (1.0,),
     )
     extra = open_extra(describer, settings.whiten, "whiten")
@@ -141,7 +141,6 @@ def evaluate(
 def retrieval_protocol(settings: RetrievalConfig) -> dict[str, Any]:
     """How descriptors become numbers."""
     return {
-        "view": "longer side to image_size, right and lower remainder of a patch cut off",
         "queries": "cut to their boxes" if settings.crop_queries else "whole",
         "distance": "cosine",
         "average_precision": "trapezoidal",

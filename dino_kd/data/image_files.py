@@ -76,7 +76,7 @@ def require_files(paths: Sequence[str | Path], where: str, listed_in: str) -> No
         )
 
 
-def contents(folder: Path, limit: int = 8) -> str:
+def contents(folder: Path, limit: int = 4) -> str:
     """What a folder holds, for messages: "found jpg/, list.txt"; "found nothing"."""
     try:
         entries = sorted(folder.iterdir())

@@ -97,7 +97,7 @@ class VideoConfig(BenchmarkSettings):
     )
     split: Text = setting("val", "List of sequences: ImageSets/2017/SPLIT.txt.")
     sequences: list[Text] | None = setting(
-        None, "Only these sequences of it; none: all.", min_length=1
+        None, "Only these sequences of it, a name or a list; none: all.", min_length=1
     )
     resolution: Text = setting("480p", "Folder below JPEGImages/ and Annotations/.")
     predictions: Text | None = setting(
@@ -115,3 +115,10 @@ class VideoConfig(BenchmarkSettings):
     radius: NotNegative | None = setting(
         12, "Rows and columns that a neighbour may be away; none: anywhere.", unit="patches"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_sequence_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("sequences"), str):
+            return {**values, "sequences": [values["sequences"]]}
+        return values

@@ -186,6 +186,15 @@ def test_pixels_and_cnns_are_scored_too(root, tmp_path):
     assert 0 < cnn["metrics"]["roxford5k_medium_map"] <= 100
 
 
+def test_hierarchical_networks_see_whole_patches(root, tmp_path):
+    """Swin cuts its first patches of 4 px itself, and refuses a remainder."""
+    result = run(
+        command("random:swin_tiny_patch4_window7_224", root, "image_size=47"), tmp_path / "s.json"
+    )
+    assert result["protocol"]["side_multiple"] == 4
+    assert 0 < result["metrics"]["roxford5k_medium_map"] <= 100
+
+
 def test_a_protocol_without_any_query_is_left_out(root, tmp_path, capsys):
     file = root / "roxford5k" / "gnd_roxford5k.pkl"
     truth = pickle.loads(file.read_bytes())

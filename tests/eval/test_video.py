@@ -92,7 +92,7 @@ def propagate_by_looping(features, first, grid, queue, topk, temperature, radius
 
 
 def test_predictions_are_those_of_a_loop_over_patches(root, folder, tmp_path):
-    words = ["sequences=[kite]", "queue=2", "topk=3", "radius=2", "temperature=0.2"]
+    words = ["sequences=kite", "queue=2", "topk=3", "radius=2", "temperature=0.2"]
     run(command(folder, root, *words, f"predictions={tmp_path / 'masks'}"), tmp_path / "v.json")
     backbone = load_backbone(folder)
     frames = sorted((root / "JPEGImages" / "480p" / "kite").iterdir())
