@@ -41,6 +41,9 @@ COMMANDS = {
     "search": Command("eval.search", "find the nearest images of a gallery"),
     "duplicates": Command("eval.duplicates", "find near-duplicates, within and between sets"),
     "quality": Command("eval.quality", "judge features without labels"),
+    "retrieval": Command("eval.retrieval", "find images of the same building (Oxford, Paris)"),
+    "copydetect": Command("eval.copydetect", "find the original of an altered copy (Copydays)"),
+    "video": Command("eval.video", "follow objects through videos (DAVIS)"),
 }
 
 

@@ -95,20 +95,65 @@ def extract_features(
     """
     size = as_size(size)
     check_input_size(backbone, size, where="image_size")
-    device = torch.device(device)
-
     names = [OUTPUT, *(name for name in parts if name != OUTPUT)]
+    return extract_with(
+        backbone,
+        dataset,
+        EvalTransform(size, resize or default_resize(size)),
+        lambda images: backbone.parts(images, names),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        precision=precision,
+        indices=indices,
+        on_batch=on_batch,
+    )
+
+
+def extract_with(
+    backbone: Backbone,
+    dataset: ImageDataset,
+    transform: Callable[[np.ndarray], np.ndarray],
+    describe: Callable[[Tensor], dict[str, Tensor]],
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    indices: Sequence[int] | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> FeatureBank:
+    """As `extract_features`, with another view of each image and another description of it.
+
+    Args:
+        backbone: on `device`; its training mode is restored afterwards.
+        dataset: images, in dataset order unless `indices` says otherwise.
+        transform: uint8 ``[H, W, C]`` to uint8 ``[C, h, w]``, picklable. Views of several sizes
+            need a `batch_size` of 1.
+        describe: normalised images ``[N, C, h, w]`` to features ``[N, D]`` by name, "output" among
+            them.
+        batch_size: images per forward pass and process.
+        num_workers: loader processes per process.
+        device: where the network is.
+        precision: "fp32" or "bf16" (autocast); the bank is float32 in both.
+        indices: which images; None: all.
+        on_batch: told the number of images after every batch of this process.
+
+    Raises:
+        DataError: no image could be read.
+    """
+    device = torch.device(device)
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         images = backbone.preprocess(images.to(device, non_blocking=True))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return backbone.parts(images, names)
+            return describe(images)
 
-    with torch.no_grad(), _evaluation_mode(backbone, device, precision):
+    with torch.no_grad(), evaluation_mode(backbone, device, precision):
         return _collect(
             forward,
             dataset,
-            EvalTransform(size, resize or default_resize(size)),
+            transform,
             indices,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -140,7 +185,7 @@ def crop_features(
         parts: names as in `Backbone.parts`.
     """
     device = torch.device(device)
-    with _evaluation_mode(backbone, device, precision):
+    with evaluation_mode(backbone, device, precision):
         for batch in batches:
             pieces: dict[str, list[Tensor]] = {name: [] for name in parts}
             for crops in batch.crops.global_crops[0].split(batch_size):
@@ -194,7 +239,7 @@ def default_resize(size: int | Sequence[int]) -> int:
 def _collect(
     forward: Callable[[Tensor], dict[str, Tensor]],
     dataset: ImageDataset,
-    transform: EvalTransform,
+    transform: Callable[[np.ndarray], np.ndarray],
     indices: Sequence[int] | None,
     *,
     batch_size: int,
@@ -239,7 +284,7 @@ def _collect(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(backbone: Backbone, device: torch.device, precision: str) -> Iterator[None]:
+def evaluation_mode(backbone: Backbone, device: torch.device, precision: str) -> Iterator[None]:
     """Eval mode and the attention for this precision; what was set before comes back."""
     modes = [(module, module.training) for module in backbone.modules()]
     fused = [(m, m.fused_attn) for m in backbone.modules() if hasattr(m, "fused_attn")]

@@ -37,6 +37,8 @@ LAYERS = {
     "dino_kd.knn": 2,
     "dino_kd.linear": 2,
     "dino_kd.duplicates": 2,
+    "dino_kd.descriptors": 2,
+    "dino_kd.propagation": 2,
     "dino_kd.engine": 3,
     "dino_kd.tasks": 4,
     "dino_kd.presets": 5,

@@ -31,6 +31,12 @@ from dino_kd.schema.pretrain import (
 )
 from dino_kd.schema.probes import LinearConfig
 from dino_kd.schema.quality import QualityConfig
+from dino_kd.schema.retrieval import (
+    BenchmarkSettings,
+    CopydetectConfig,
+    RetrievalConfig,
+    VideoConfig,
+)
 from dino_kd.schema.suite import EvaluateConfig
 from dino_kd.schema.visualize import VisualizeConfig
 
@@ -39,6 +45,8 @@ __all__ = [
     "CROP_PRESETS",
     "AugmentSettings",
     "BackboneSettings",
+    "BenchmarkSettings",
+    "CopydetectConfig",
     "CropSettings",
     "DataSettings",
     "DuplicatesConfig",
@@ -58,11 +66,13 @@ __all__ = [
     "OptimSettings",
     "PretrainConfig",
     "QualityConfig",
+    "RetrievalConfig",
     "RunSettings",
     "SearchConfig",
     "Settings",
     "SourceSettings",
     "TeacherSettings",
+    "VideoConfig",
     "VisualizeConfig",
 ]
 
@@ -77,4 +87,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "search": SearchConfig,
     "duplicates": DuplicatesConfig,
     "quality": QualityConfig,
+    "retrieval": RetrievalConfig,
+    "copydetect": CopydetectConfig,
+    "video": VideoConfig,
 }
