@@ -44,6 +44,8 @@ COMMANDS = {
     "retrieval": Command("eval.retrieval", "find images of the same building (Oxford, Paris)"),
     "copydetect": Command("eval.copydetect", "find the original of an altered copy (Copydays)"),
     "video": Command("eval.video", "follow objects through videos (DAVIS)"),
+    "logreg": Command("eval.logreg", "score a backbone by logistic regression on its features"),
+    "fewshot": Command("eval.fewshot", "score a backbone by classifiers that see a few labels"),
 }
 
 

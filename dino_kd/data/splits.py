@@ -48,6 +48,51 @@ def holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
+def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Draw `shots` images of each class from `seed`; a larger draw contains a smaller one.
+
+    Args:
+        labels: class indices ``[N]``, at least 0.
+        shots: images per class, at most those of the smallest class.
+        seed: of the draw; at least 0.
+
+    Returns:
+        int64 ``[shots * Y]``, ascending.
+
+    Raises:
+        ValueError: a class has fewer images.
+    """
+    orders = class_orders(labels, seed)
+    smallest = min(map(len, orders), default=0)
+    if smallest < shots:
+        raise ValueError(f"{shots} images of each class asked for, the smallest has {smallest}")
+    return np.sort(np.concatenate([order[:shots] for order in orders]))
+
+
+def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draw a share of each class from `seed`, rounded, at least one image of each.
+
+    A larger share contains a smaller one, and both continue `draw_shots` of the same seed.
+
+    Args:
+        labels: class indices ``[N]``, at least 0.
+        fraction: from 0 to 1.
+        seed: of the draw; at least 0.
+
+    Returns:
+        int64, ascending.
+    """
+    orders = class_orders(labels, seed)
+    counts = [max(1, fraction_of(len(order), fraction)) for order in orders]
+    parts = [order[:count] for order, count in zip(orders, counts, strict=True)]
+    return np.sort(np.concatenate([*parts, np.zeros(0, dtype=np.int64)]))
+
+
+def fraction_of(count: int, fraction: float) -> int:
+    """`fraction` of `count` images, rounded, halves upwards."""
+    return int(np.floor(fraction * count + 0.5 + 1e-9))
+
+
 def class_orders(labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """The positions of each class (ascending label) in an order drawn from (`seed`, label).
 

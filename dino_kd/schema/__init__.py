@@ -16,6 +16,7 @@ from dino_kd.schema.evaluators import (
     LabelledSettings,
     SourceSettings,
 )
+from dino_kd.schema.few_labels import FewshotConfig, LogregConfig
 from dino_kd.schema.finetune import AugmentSettings, FinetuneConfig, FinetuneOptimSettings
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
@@ -53,6 +54,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "FeatureSettings",
+    "FewshotConfig",
     "FinetuneConfig",
     "FinetuneOptimSettings",
     "HeadSettings",
@@ -61,6 +63,7 @@ __all__ = [
     "LabelledSettings",
     "LinearConfig",
     "LogSettings",
+    "LogregConfig",
     "ModelSettings",
     "MonitorSettings",
     "OptimSettings",
@@ -90,4 +93,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "retrieval": RetrievalConfig,
     "copydetect": CopydetectConfig,
     "video": VideoConfig,
+    "logreg": LogregConfig,
+    "fewshot": FewshotConfig,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from dino_kd.data.splits import class_orders, holdout
+from dino_kd.data.splits import class_orders, draw_fraction, draw_shots, fraction_of, holdout
 
 
 def counts(labels, indices):
@@ -83,3 +85,28 @@ def test_every_image_is_as_likely_as_the_others():
     labels = np.repeat([0, 1], 10)
     drawn = np.bincount([class_orders(labels, seed)[0][0] for seed in range(400)], minlength=10)
     assert abs(drawn - 40).max() < 4.5 * np.sqrt(400 * 0.1 * 0.9)
+
+
+def test_larger_draws_contain_smaller_ones():
+    labels = np.random.default_rng(4).integers(0, 5, 300)
+    draws = [draw_shots(labels, n, seed=2) for n in (1, 2, 5, 10)]
+    draws += [draw_fraction(labels, share, seed=2) for share in (0.5, 0.9, 1.0)]
+    for small, large in itertools.pairwise(draws):
+        assert set(small) < set(large)
+    for n, draw in zip((1, 2, 5, 10), draws, strict=False):
+        assert counts(labels, draw) == [n] * 5
+    assert np.array_equal(draws[-1], np.arange(300))
+    assert not np.array_equal(draws[2], draw_shots(labels, 5, seed=3))
+
+
+def test_fractions_are_rounded_and_leave_no_class_empty():
+    """Against hand counts: 10 % of 4, 14, 15, 100 images."""
+    labels = np.repeat([0, 1, 2, 3], [4, 14, 15, 100])
+    assert counts(labels, draw_fraction(labels, 0.1, seed=0)) == [1, 1, 2, 10]
+    assert [fraction_of(n, 0.1) for n in (4, 5, 14, 15, 100)] == [0, 1, 1, 2, 10]
+    assert fraction_of(50, 0.29) == 15  # 14.499999999999998 as floats, a half as numbers
+
+
+def test_more_shots_than_images_are_refused():
+    with pytest.raises(ValueError, match="6 images of each class asked for, the smallest has 5"):
+        draw_shots(np.repeat([0, 1], [5, 9]), 6, seed=0)
