@@ -137,6 +137,13 @@ def evaluate(copies: CopySet, queries: Tensor, bank: Tensor) -> Iterator[tuple[s
         yield f"{name.replace('/', '_')}_map", 100 * mean
 
 
+def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table of a suite shows."""
+    metrics = result["metrics"]
+    shown = {key: value for key, value in metrics.items() if key == "strong_map"} or metrics
+    return [(f"copies, {key.replace('_', ' ')} %", f"{v:.2f}") for key, v in shown.items()]
+
+
 def table(result: dict[str, Any], settings: CopydetectConfig, copies: CopySet) -> str:
     """The numbers for the console."""
     lines = [

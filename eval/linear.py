@@ -228,6 +228,11 @@ def head_path(settings: LinearConfig, output: Path) -> Path:
     return output.with_name(f"{output.stem}_head.safetensors")
 
 
+def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table of a suite shows."""
+    return [("linear probe top-1 %", f"{result['metrics']['linear_top1']:.2f}")]
+
+
 def table(result: dict[str, Any], settings: LinearConfig) -> str:
     """The numbers for the console."""
     data, seconds, metrics = result["data"], result["seconds"], result["metrics"]

@@ -196,6 +196,12 @@ def few_images_note(bank: FeatureBank) -> list[str]:
     ]
 
 
+def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table of a suite shows."""
+    metrics = result["metrics"]
+    return [("RankMe", f"{metrics['rankme']:.1f}"), ("LiDAR", f"{metrics['lidar']:.1f}")]
+
+
 def table(result: dict[str, Any], settings: QualityConfig, bank: FeatureBank) -> str:
     """The numbers for the console, each with its direction."""
     count, width = bank.features.shape

@@ -152,6 +152,12 @@ def retrieval_protocol(settings: RetrievalConfig) -> dict[str, Any]:
     }
 
 
+def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table of a suite shows."""
+    maps = {key: value for key, value in result["metrics"].items() if key.endswith("_map")}
+    return [(key.replace("_", " ").replace("map", "mAP %"), f"{v:.2f}") for key, v in maps.items()]
+
+
 def table(result: dict[str, Any], settings: RetrievalConfig, names: list[str]) -> str:
     """The numbers for the console."""
     metrics, ks = result["metrics"], list(dict.fromkeys(settings.k))

@@ -363,6 +363,11 @@ def void_notes(found: Sequence[Scored]) -> list[str]:
     ]
 
 
+def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the table of a suite shows."""
+    return [("video segmentation J&F %", f"{result['metrics']['jf_mean']:.2f}")]
+
+
 def table(result: dict[str, Any], settings: VideoConfig) -> str:
     """The numbers for the console."""
     metrics, videos, seconds = result["metrics"], result["data"]["videos"], result["seconds"]

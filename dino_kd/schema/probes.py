@@ -25,8 +25,12 @@ class LinearConfig(LabelledSettings):
         min_length=1,
     )
     learning_rates: list[PositiveFloat] = setting(
-        [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1],
-        "Peak learning rates per 256 images; one head for each and each input, all at once.",
+        [
+            *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+            *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+        ],
+        "Peak learning rates per 256 images; one head for each and each input, all at once. The "
+        "large ones are for features without a final norm, as CNNs have.",
         min_length=1,
     )
     epochs: PositiveInt = setting(100, "Passes over the training images.", unit="epochs")
