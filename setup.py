@@ -25,6 +25,8 @@ def version() -> str:
 
 # setuptools builds a test runner, so that `pip wheel --no-build-isolation` works in the tests
 TEST = ["pytest>=7.4", "setuptools>=70.1", "tensorboard"]
+VIDEO = ["av>=14.0"]  # the first that tells how a film is turned
+PARQUET = ["pyarrow>=14.0"]
 
 setup(
     name="dino_kd",
@@ -46,17 +48,23 @@ setup(
         "dino_kd.configs",
     ],
     package_dir={"dino_kd.configs": "configs"},  # top-level folder, packaged inside dino_kd
-    package_data={"dino_kd.configs": ["*/*.yaml"], "dino_kd": ["py.typed"]},
+    package_data={
+        "dino_kd.configs": ["*/*.yaml"],
+        "dino_kd": ["py.typed"],
+        "eval": ["templates/*.html"],
+    },
     install_requires=[
         "PyYAML>=6.0",
         "annotated-types>=0.6",
         "faiss-cpu>=1.7.4",
+        "jinja2>=3.1",  # pages; torch needs it anyway
         "matplotlib>=3.7",
         "numpy>=1.24",
         "pillow>=10.0",
         "pydantic>=2.5",
         "safetensors>=0.4",
         "scikit-learn>=1.3",
+        "scipy>=1.9",
         "timm>=1.0.16",  # the first that reads local-dir:,
         "torch>=2.6",
         "torchvision>=0.21",
@@ -64,9 +72,18 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "build>=1.0", "mypy>=1.8", "ruff>=0.6", "types-PyYAML"],
+        "dev": [
+            *TEST,
+            *VIDEO,
+            *PARQUET,
+            "build>=1.0",
+            "mypy>=1.8",
+            "ruff>=0.6",
+            "types-PyYAML",
+        ],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
-        "report": ["jinja2>=3.1"],
+        "video": VIDEO,
+        "parquet": PARQUET,
     },
     entry_points={"console_scripts": ["dino-kd=dino_kd.cli:main"]},
 )

@@ -262,7 +262,15 @@ def _read_base(
     if words.config is None and run_dir and resume in ("true", "yes", "on", "auto"):
         file = Path(run_dir).expanduser() / "config.yaml"
         if file.is_file():
-            return _read_file(file, words)
+            tree, origin = _read_file(file, words)
+            other = _other_command(schema, tree or {})
+            if not other:
+                return tree, origin
+            words.problems.append(
+                f"run_dir: {run_dir!r} holds a run of dino-kd {other}, not of dino-kd {command}; "
+                "choose another run_dir"
+            )
+            return None, origin
         if resume != "auto":
             words.problems.append(
                 f"run_dir: there is no run to resume in {run_dir!r} (it has no config.yaml); "

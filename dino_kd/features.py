@@ -6,7 +6,7 @@ Used by the offline evaluators and by the k-NN monitor during training: one code
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +15,20 @@ from torch import Tensor
 
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.images import BrokenImage
-from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.data.loader import CropBatch, EvalTransform, image_batches
 from dino_kd.distributed import all_gather_objects, all_gather_rows, rank, world_size
 from dino_kd.errors import DataError
 from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
 
 OUTPUT = "output"  # the part that is always there: what the network itself returns
+
+
+class NothingReadable(DataError):  # noqa: N818 - reads as what it is
+    """Not one of the images could be read; `broken` says why."""
+
+    def __init__(self, message: str, broken: list[BrokenImage]) -> None:
+        super().__init__(message)
+        self.broken = broken
 
 
 @dataclass
@@ -32,8 +40,8 @@ class FeatureBank:
         labels: int64 ``[N]``, None when the dataset has none.
         indices: int64 ``[N]``, positions in the dataset, in the order that was asked for.
         broken: images that could not be read; they have no row.
-        parts: further features ``[N, D_part]`` of the same images, by the names of
-            `Backbone.parts`.
+        parts: further features ``[N, D_part]`` of the same images, patches ``[N, P, Dp]``, by the
+            names of `Backbone.parts`.
         cached: they were read from a file instead of computed.
     """
 
@@ -83,30 +91,112 @@ def extract_features(
 
     Raises:
         ConfigError: `size` does not fit the network's patch.
-        DataError: no image could be read.
+        NothingReadable: no image could be read.
     """
     size = as_size(size)
     check_input_size(backbone, size, where="image_size")
-    device = torch.device(device)
-
     names = [OUTPUT, *(name for name in parts if name != OUTPUT)]
+    return extract_with(
+        backbone,
+        dataset,
+        EvalTransform(size, resize or default_resize(size)),
+        lambda images: backbone.parts(images, names),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        precision=precision,
+        indices=indices,
+        on_batch=on_batch,
+    )
+
+
+def extract_with(
+    backbone: Backbone,
+    dataset: ImageDataset,
+    transform: Callable[[np.ndarray], np.ndarray],
+    describe: Callable[[Tensor], dict[str, Tensor]],
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    indices: Sequence[int] | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> FeatureBank:
+    """As `extract_features`, with another view of each image and another description of it.
+
+    Args:
+        backbone: on `device`; its training mode is restored afterwards.
+        dataset: images, in dataset order unless `indices` says otherwise.
+        transform: uint8 ``[H, W, C]`` to uint8 ``[C, h, w]``, picklable. Views of several sizes
+            need a `batch_size` of 1.
+        describe: normalised images ``[N, C, h, w]`` to features ``[N, D]`` by name, "output" among
+            them.
+        batch_size: images per forward pass and process.
+        num_workers: loader processes per process.
+        device: where the network is.
+        precision: "fp32" or "bf16" (autocast); the bank is float32 in both.
+        indices: which images; None: all.
+        on_batch: told the number of images after every batch of this process.
+
+    Raises:
+        DataError: no image could be read.
+    """
+    device = torch.device(device)
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         images = backbone.preprocess(images.to(device, non_blocking=True))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return backbone.parts(images, names)
+            return describe(images)
 
-    with torch.no_grad(), _evaluation_mode(backbone, device, precision):
+    with torch.no_grad(), evaluation_mode(backbone, device, precision):
         return _collect(
             forward,
             dataset,
-            EvalTransform(size, resize or default_resize(size)),
+            transform,
             indices,
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             on_batch=on_batch,
         )
+
+
+def crop_features(
+    backbone: Backbone,
+    batches: Iterable[CropBatch],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    parts: Sequence[str] = (OUTPUT,),
+) -> Iterator[tuple[dict[str, Tensor], CropBatch]]:
+    """The features of the first crop of every image, batch by batch: eval mode, no gradients.
+
+    What a classifier on a frozen backbone trains on when its images are augmented. The backbone
+    is in eval mode until the iteration ends; its training mode is restored then.
+
+    Args:
+        backbone: on `device`.
+        batches: of `crop_batches`.
+        batch_size: images per forward pass; larger batches are passed in pieces.
+        device: where the network is, and where the features stay.
+        precision: "fp32" or "bf16" (autocast); the features are float32 in both.
+        parts: names as in `Backbone.parts`.
+    """
+    device = torch.device(device)
+    with evaluation_mode(backbone, device, precision):
+        for batch in batches:
+            pieces: dict[str, list[Tensor]] = {name: [] for name in parts}
+            for crops in batch.crops.global_crops[0].split(batch_size):
+                with (
+                    torch.no_grad(),
+                    torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+                ):
+                    images = backbone.preprocess(crops.to(device, non_blocking=True))
+                    for name, values in backbone.parts(images, parts).items():
+                        pieces[name].append(values.float())
+            yield {name: torch.cat(values) for name, values in pieces.items()}, batch
 
 
 def pixel_features(
@@ -149,7 +239,7 @@ def default_resize(size: int | Sequence[int]) -> int:
 def _collect(
     forward: Callable[[Tensor], dict[str, Tensor]],
     dataset: ImageDataset,
-    transform: EvalTransform,
+    transform: Callable[[np.ndarray], np.ndarray],
     indices: Sequence[int] | None,
     *,
     batch_size: int,
@@ -178,19 +268,23 @@ def _collect(
         if on_batch is not None:
             on_batch(len(positions))
     all_indices = all_gather_rows(torch.cat(kept))
+    all_broken = all_gather_objects(broken)
     if len(all_indices) == 0:
-        raise DataError(f"{dataset.spec}: none of its {len(wanted)} images could be read")
+        raise NothingReadable(
+            f"{dataset.spec}: none of its {len(wanted)} images could be read", all_broken
+        )
     mine = {name: torch.cat(parts) for name, parts in features.items()}
-    # A process without a single image learns the names and widths from the others.
-    for name, width in sorted(set(all_gather_objects([(n, v.shape[1]) for n, v in mine.items()]))):
-        mine[name] = all_gather_rows(mine.get(name, torch.zeros(0, width)))
+    # A process without a single image learns the names and shapes from the others.
+    shapes = all_gather_objects([(name, tuple(v.shape[1:])) for name, v in mine.items()])
+    for name, shape in sorted(set(shapes)):
+        mine[name] = all_gather_rows(mine.get(name, torch.zeros(0, *shape)))
     labels = None if dataset.labels is None else torch.as_tensor(dataset.labels)[all_indices]
     output = mine.pop(OUTPUT)
-    return FeatureBank(output, labels, all_indices, all_gather_objects(broken), mine)
+    return FeatureBank(output, labels, all_indices, all_broken, mine)
 
 
 @contextlib.contextmanager
-def _evaluation_mode(backbone: Backbone, device: torch.device, precision: str) -> Iterator[None]:
+def evaluation_mode(backbone: Backbone, device: torch.device, precision: str) -> Iterator[None]:
     """Eval mode and the attention for this precision; what was set before comes back."""
     modes = [(module, module.training) for module in backbone.modules()]
     fused = [(m, m.fused_attn) for m in backbone.modules() if hasattr(m, "fused_attn")]

@@ -39,15 +39,22 @@ def search(
     assert 1 <= k <= len(bank), "callers clamp k to the size of the bank"
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)  # [Q, k]
     index = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)  # [Q, k]
+    # One buffer for every product: fresh memory costs a page fault for each 4 KiB of it.
+    size = min(query_chunk, len(queries)) * min(bank_chunk, len(bank))
+    buffer = torch.empty(size, device=queries.device)
     for start in range(0, len(bank), bank_chunk):
         columns = F.normalize(bank[start : start + bank_chunk].float(), dim=-1)  # [m, D]
         for rows in _chunks(len(queries), query_chunk):
-            cosine = F.normalize(queries[rows].float(), dim=-1) @ columns.T  # [q, m]
-            near, place = _top(cosine, min(k, cosine.shape[1]))
-            near = torch.cat([best[rows], near], dim=1)
-            place = torch.cat([index[rows], place + start], dim=1)
-            near, order = near.sort(dim=-1, descending=True, stable=True)  # [q, up to 2k]
-            best[rows], index[rows] = near[:, :k], place.gather(1, order[:, :k])
+            query = F.normalize(queries[rows].float(), dim=-1)  # [q, D]
+            cosine = buffer[: len(query) * len(columns)].view(len(query), len(columns))
+            torch.mm(query, columns.T, out=cosine)
+            near, place = _top(cosine, min(k, len(columns)))
+            if start:  # what was found before has lower indices, so it stands first
+                near = torch.cat([best[rows], near], dim=1)  # [q, up to 2k]
+                place = torch.cat([index[rows], place + start], dim=1)
+                near, order = _top(near, min(k, near.shape[1]))
+                place = place.gather(1, order)
+            best[rows, : near.shape[1]], index[rows, : near.shape[1]] = near, place
     return best, index
 
 
@@ -60,7 +67,11 @@ def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if unclear.any():
         ordered, order = values[unclear].sort(dim=-1, descending=True, stable=True)
         top[unclear], place[unclear] = ordered[:, :k], order[:, :k]
-    return order_ties(top, place)
+    # topk ordered equals freely too; without copies there are hardly any, and sorts cost time.
+    equal = (top[:, 1:] == top[:, :-1]).any(dim=-1)  # [rows]
+    if equal.any():
+        top[equal], place[equal] = order_ties(top[equal], place[equal])
+    return top, place
 
 
 def order_ties(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +131,27 @@ def _best_classes(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def search_others(features: Tensor, k: int, *, search: Search = search) -> tuple[Tensor, Tensor]:
+    """The k most similar other rows of every row of one set: itself left out by its index.
+
+    Copies of a row stay among its neighbours, also those that stand before it.
+
+    Args:
+        features: ``[M, D]``.
+        k: neighbours, at most M - 1.
+        search: `search` or another exact back-end with its signature.
+
+    Returns:
+        similarity ``[M, k]`` descending and index ``[M, k]`` int64, never the row itself.
+    """
+    similarity, index = search(features, features, k + 1)
+    own = index == torch.arange(len(features), device=index.device)[:, None]  # [M, k + 1]
+    # Behind more than k copies a row does not find itself: then one copy too many goes.
+    own[~own.any(dim=1), -1] = True
+    return similarity[~own].view(-1, k), index[~own].view(-1, k)
+
+
+@torch.no_grad()
 def knn_accuracy(
     queries: Tensor,
     query_labels: Tensor,
@@ -145,8 +177,36 @@ def knn_accuracy(
         ``{k: {"top1": percent, "top5": percent}}``; top5 is top-Y for Y < 5 classes. A k larger
         than the bank votes with the whole bank and has a third entry ``"clamped_to": M``.
     """
-    clamped = {k: min(k, len(bank)) for k in ks}
-    similarity, index = search(queries, bank, max(clamped.values()))
+    similarity, index = search(queries, bank, min(max(ks), len(bank)))
+    return vote_accuracy(
+        similarity, index, query_labels, bank_labels, ks=ks, temperature=temperature
+    )
+
+
+@torch.no_grad()
+def vote_accuracy(
+    similarity: Tensor,
+    index: Tensor,
+    query_labels: Tensor,
+    bank_labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+) -> dict[int, dict[str, float]]:
+    """`knn_accuracy` of neighbours that are already found.
+
+    Args:
+        similarity: ``[Q, K]`` descending.
+        index: ``[Q, K]`` places in the bank.
+        query_labels: ``[Q]`` integers; classes absent from the bank count as errors.
+        bank_labels: ``[M]`` integers, any values.
+        ks: neighbours that vote; one above K votes with all K and says so.
+        temperature: of the vote.
+
+    Returns:
+        as `knn_accuracy`.
+    """
+    clamped = {k: min(k, similarity.shape[1]) for k in ks}
     # Classes are renumbered 0..Y-1, so that label values cost no memory.
     classes, compact = torch.unique(bank_labels.to(index.device), return_inverse=True)
     ranked = vote(similarity, compact[index], len(classes), list(clamped.values()), temperature)
@@ -162,6 +222,49 @@ def knn_accuracy(
         if used < k:
             result[k]["clamped_to"] = used
     return result
+
+
+@torch.no_grad()
+def label_scores(
+    similarity: Tensor,
+    index: Tensor,
+    bank_labels: Tensor,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    *,
+    chunk_elements: int = 2**24,
+) -> dict[int, Tensor]:
+    """The share of the votes that each label gets, where an image may have several labels.
+
+        score[q, l] = sum_i w[q, i] * bank_labels[i, l] / sum_i w[q, i]
+        w[q, i] = exp(similarity[q, i] / temperature), over the k nearest i
+
+    Args:
+        similarity: ``[Q, K]`` descending.
+        index: ``[Q, K]`` places in the bank.
+        bank_labels: bool ``[M, L]``.
+        ks: neighbours that vote, each at most K.
+        temperature: above 0; small values let the nearest decide.
+        chunk_elements: queries times neighbours times labels held at once.
+
+    Returns:
+        for every k float64 ``[Q, L]`` in 0..1.
+    """
+    wanted = sorted(set(ks))
+    scores: dict[int, list[Tensor]] = {k: [] for k in wanted}
+    bank_labels = bank_labels.to(index.device)
+    size = max(1, chunk_elements // (wanted[-1] * max(1, bank_labels.shape[1])))
+    for rows in _chunks(len(similarity), size):
+        near = similarity[rows].double()
+        weights = torch.exp((near - near[:, :1]) / temperature)  # [q, K], the nearest weighs 1
+        votes = weights.new_zeros(len(near), bank_labels.shape[1])  # [q, L]
+        counted = 0
+        for k in wanted:
+            having = bank_labels[index[rows, counted:k]].double()  # [q, k - counted, L]
+            votes += torch.einsum("qk,qkl->ql", weights[:, counted:k], having)
+            counted = k
+            scores[k].append((votes / weights[:, :k].sum(1, keepdim=True)).clamp(0, 1))
+    return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

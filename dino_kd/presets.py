@@ -7,7 +7,7 @@ images never leaves the random start and 65,536 prototypes outnumber the images.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dino_kd.errors import ConfigError, DataError
 from dino_kd.lengths import in_steps
@@ -21,13 +21,66 @@ _SHORTEST_HORIZON_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Lengths in optimiser steps, resolved against the data set."""
+class Span:
+    """How long a run is, in optimiser steps, on its data set."""
 
     num_images: int
     steps_per_epoch: int
     total_steps: int
     warmup: int
+
+    def steps(self, length: int | str) -> int:
+        """A length of this run in steps."""
+        return in_steps(length, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+
+
+def make_span(
+    num_images: int,
+    *,
+    batch_size: int,
+    length: int | str,
+    warmup: int | str,
+    accumulate: int,
+    world_size: int,
+    images: str,
+) -> Span:
+    """The span of a run of `length` over `num_images`; `images` names them in messages.
+
+    Raises:
+        DataError: fewer images than one batch.
+        ConfigError: a batch that does not divide, a run of no step, a warm-up as long as the run.
+    """
+    if num_images < batch_size:
+        raise DataError(
+            f"{images} has {num_images} images, fewer than "
+            f"optim.batch_size={batch_size}; set optim.batch_size to at most {num_images}"
+        )
+    parts = world_size * accumulate
+    if batch_size % parts:
+        raise ConfigError(
+            f"optim.batch_size: {batch_size} images do not divide into {world_size} "
+            f"processes x optim.accumulate={accumulate}; use a multiple of {parts}"
+        )
+    steps_per_epoch = num_images // batch_size
+    try:
+        total = in_steps(length, steps_per_epoch=steps_per_epoch)
+    except ValueError as error:
+        raise ConfigError(f"optim.length: {error}") from None
+    if total < 1:
+        raise ConfigError(f"optim.length: {length!r} is less than one step")
+    rise = in_steps(warmup, steps_per_epoch=steps_per_epoch, total_steps=total)
+    if rise >= total:
+        raise ConfigError(
+            f"optim.warmup: {warmup!r} is {rise} steps, but the whole run has {total}; "
+            "use a share such as '10%'"
+        )
+    return Span(num_images, steps_per_epoch, total, rise)
+
+
+@dataclass(frozen=True)
+class Plan(Span):
+    """Lengths in optimiser steps, resolved against the data set."""
+
     temp_warmup: int
     freeze_last_layer: int
     save_every: int
@@ -48,43 +101,22 @@ class Plan:
 def make_plan(settings: PretrainConfig, num_images: int, world_size: int) -> Plan:
     """Turn every length into steps. Raises DataError or ConfigError when the run cannot work."""
     optim = settings.optim
-    if num_images < optim.batch_size:
-        raise DataError(
-            f"data.train: {settings.data.train} has {num_images} images, fewer than "
-            f"optim.batch_size={optim.batch_size}; set optim.batch_size to at most {num_images}"
-        )
-    parts = world_size * optim.accumulate
-    if optim.batch_size % parts:
-        raise ConfigError(
-            f"optim.batch_size: {optim.batch_size} images do not divide into {world_size} "
-            f"processes x optim.accumulate={optim.accumulate}; use a multiple of {parts}"
-        )
-    steps_per_epoch = num_images // optim.batch_size
-    try:
-        total = in_steps(optim.length, steps_per_epoch=steps_per_epoch)
-    except ValueError as error:
-        raise ConfigError(f"optim.length: {error}") from None
-    if total < 1:
-        raise ConfigError(f"optim.length: {optim.length!r} is less than one step")
-
-    def steps(length: int | str) -> int:
-        return in_steps(length, steps_per_epoch=steps_per_epoch, total_steps=total)
-
-    warmup = steps(optim.warmup)
-    if warmup >= total:
-        raise ConfigError(
-            f"optim.warmup: {optim.warmup!r} is {warmup} steps, but the whole run has {total}; "
-            "use a share such as '10%'"
-        )
+    span = make_span(
+        num_images,
+        batch_size=optim.batch_size,
+        length=optim.length,
+        warmup=optim.warmup,
+        accumulate=optim.accumulate,
+        world_size=world_size,
+        images=f"data.train: {settings.data.train}",
+    )
+    total = span.total_steps
     return Plan(
-        num_images=num_images,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        warmup=warmup,
-        temp_warmup=min(steps(settings.teacher.temp_warmup), total),
-        freeze_last_layer=min(steps(optim.freeze_last_layer), total),
-        save_every=max(1, steps(settings.log.save_every)),
-        monitor_every=max(1, steps(settings.monitor.every)),
+        **asdict(span),
+        temp_warmup=min(span.steps(settings.teacher.temp_warmup), total),
+        freeze_last_layer=min(span.steps(optim.freeze_last_layer), total),
+        save_every=max(1, span.steps(settings.log.save_every)),
+        monitor_every=max(1, span.steps(settings.monitor.every)),
         peak_lr=optim.base_lr * optim.batch_size / optim.lr_batch,
     )
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dino_kd.config import changed_settings, dump_settings, load_settings
+from dino_kd.config import load_settings
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
-from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy, Crops
 from dino_kd.data.pictures import save_crop_picture
@@ -30,12 +29,7 @@ from dino_kd.distributed import (
     rank,
     world_size,
 )
-from dino_kd.engine.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.health import HealthMonitor
 from dino_kd.engine.hooks import BrokenImages, KnnMonitor
 from dino_kd.engine.loop import FitOptions, Hook, Progress, fit
@@ -43,13 +37,22 @@ from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
 from dino_kd.engine.signals import StopFlag
-from dino_kd.errors import CheckpointError, ConfigError, DataError, Interrupted, unknown_name
+from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
-from dino_kd.files import remove_leftovers, write_tensors, write_text
+from dino_kd.files import write_tensors
 from dino_kd.models.backbone import Backbone, attention_backend
 from dino_kd.models.head import DINOHead
 from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, save_backbone
+from dino_kd.rundir import (
+    check_readable,
+    end_of_training,
+    open_run,
+    refuse_run_inside,
+    restore,
+    training_state,
+    with_absolute_path,
+)
 from dino_kd.runlog import RunLog
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
@@ -74,7 +77,7 @@ def pretrain(settings: PretrainConfig) -> Path:
     with stop.listening(), process_group(settings.device) as device, ExitStack() as cleanup:
         # Check: nothing is written until all of this has passed.
         precision = choose_precision(settings.optim.precision, device)
-        settings = with_absolute_path(settings)
+        settings = with_absolute_data(settings)
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
         settings, notes = resolve_auto(settings, plan, precision)
@@ -92,7 +95,11 @@ def pretrain(settings: PretrainConfig) -> Path:
             tracker=settings.log.tracker,
         )
         cleanup.callback(log.close)
-        continued = on_main(functools.partial(open_run, settings, log))
+        continued = on_main(
+            functools.partial(
+                open_run, settings, log, command="pretrain", train_on="model.init_from"
+            )
+        )
         log.write_environment({"device": str(device), "precision": precision})
         for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
             log.say(line)
@@ -108,7 +115,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         progress, broken_before = Progress(), list[str]()
         if continued:
-            progress, broken_before = restore(run_dir, task, optimizer, scaler, plan, log)
+            progress, broken_before = restore_run(run_dir, task, optimizer, scaler, plan, log)
         log.drop_from(progress.step + 1)
         broken = BrokenImages(
             log.broken,
@@ -131,15 +138,10 @@ def pretrain(settings: PretrainConfig) -> Path:
             broken.exchange()
 
             def write() -> None:
-                state = {
-                    "step": progress.step,
-                    "progress": progress.state_dict(),
-                    "task": task.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "num_images": plan.num_images,
-                    "broken": sorted(broken.paths),
-                }
+                state = training_state(
+                    progress, task, optimizer, scaler,
+                    num_images=plan.num_images, broken=broken.paths,
+                )  # fmt: skip
                 keep = settings.log.keep_checkpoints
                 save_checkpoint(run_dir / "checkpoints", progress.step, state, keep=keep)
                 save_result(run_dir, task)
@@ -177,14 +179,10 @@ def pretrain(settings: PretrainConfig) -> Path:
     return run_dir
 
 
-def with_absolute_path(settings: PretrainConfig) -> PretrainConfig:
-    """A relative training folder or list made absolute, so that a resume works from anywhere."""
-    spec = settings.data.train
-    path = Path(spec.removeprefix("folder:")).expanduser()
-    if not path.exists():
-        return settings
-    prefix = "folder:" if spec.startswith("folder:") else ""
-    data = settings.data.model_copy(update={"train": f"{prefix}{path.absolute()}"})
+def with_absolute_data(settings: PretrainConfig) -> PretrainConfig:
+    """The training images by an absolute path, where they have one."""
+    spec = with_absolute_path(settings.data.train)
+    data = settings.data.model_copy(update={"train": spec})
     return settings.model_copy(update={"data": data})
 
 
@@ -194,22 +192,9 @@ def training_images(settings: PretrainConfig) -> ImageDataset:
     dataset = make_dataset(
         data.train, channels=settings.model.in_chans, download=data.download, where="data.train"
     )
-    root = Path(data.train.removeprefix("folder:")).expanduser()
-    if root.is_dir() and Path(settings.run_dir).resolve().is_relative_to(root.resolve()):
-        raise ConfigError(
-            f"run_dir: {settings.run_dir} lies inside the training folder {root}, which would then "
-            "hold this run's own pictures; choose a folder outside it"
-        )
-    reasons = []
-    for index in {0, len(dataset) // 3, 2 * len(dataset) // 3, len(dataset) - 1}:
-        try:
-            dataset.read(index)
-            return dataset
-        except BrokenImage as error:
-            reasons.append(f"{error.path}: {error.reason}")
-    raise DataError(
-        f"data.train: none of {len(reasons)} sampled images can be read:\n" + "\n".join(reasons)
-    )
+    refuse_run_inside(settings.run_dir, data.train)
+    check_readable(dataset, "data.train")
+    return dataset
 
 
 def monitor_images(settings: PretrainConfig) -> tuple[ImageDataset, ImageDataset] | None:
@@ -302,54 +287,7 @@ def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def open_run(settings: PretrainConfig, log: RunLog) -> bool:
-    """Take the run directory and store the settings; returns whether an earlier run goes on.
-
-    Raises CheckpointError when there is nothing to resume, ConfigError when there is a run that is
-    not to be resumed, or one whose fixed settings differ.
-    """
-    run_dir = Path(settings.run_dir)
-    exists = (run_dir / "config.yaml").is_file()
-    if settings.resume is True and not exists:
-        raise CheckpointError(
-            f"resume=true, but {run_dir} holds no run; check run_dir, or start one without resume"
-        )
-    log.lock()
-    if settings.resume is False and exists:
-        saved = list_checkpoints(run_dir / "checkpoints")
-        state = f"last checkpoint {saved[0].name}" if saved else "no checkpoint yet"
-        raise ConfigError(
-            f"run_dir: {run_dir} already holds a run ({state}); add resume=true to continue it, or "
-            "choose another run_dir"
-        )
-    if exists:
-        refuse_changes(settings, run_dir)
-    for folder in (run_dir, run_dir / "checkpoints", run_dir / "backbone"):
-        remove_leftovers(folder)
-    # Without `resume`, so that the file can start another run.
-    stored = settings.model_copy(update={"resume": False})
-    write_text(run_dir / "config.yaml", dump_settings(stored))
-    return exists
-
-
-def refuse_changes(settings: PretrainConfig, run_dir: Path) -> None:
-    """A continued run keeps all settings that shape its result. Raises ConfigError with a diff."""
-    stored = load_settings(PretrainConfig, [str(run_dir / "config.yaml")], command="pretrain")
-    fixed = [
-        f"  {path}: {old!r} -> {new!r}"
-        for path, old, new, free in changed_settings(stored, settings)
-        if not free
-    ]
-    if fixed:
-        raise ConfigError(
-            f"these settings cannot change when {run_dir} is resumed (stored -> given):\n"
-            + "\n".join(fixed)
-            + "\nGive the stored values, or start a new run in another run_dir; to train on from "
-            f"these weights, give it model.init_from={run_dir}."
-        )
-
-
-def restore(
+def restore_run(
     run_dir: Path,
     task: DinoTask,
     optimizer: torch.optim.Optimizer,
@@ -357,39 +295,16 @@ def restore(
     plan: Plan,
     log: RunLog,
 ) -> tuple[Progress, list[str]]:
-    """Load the newest undamaged checkpoint into everything that trains.
-
-    The main process chooses, so that all load the same one. Returns the progress and the broken
-    images known by then.
-    """
-    chosen = on_main(functools.partial(newest_checkpoint, run_dir, log))
-    if chosen is None:
-        log.say(f"{run_dir} has no checkpoint yet: starting from step 0")
+    """The newest checkpoint into everything that trains: progress, and broken images so far."""
+    state = restore(
+        run_dir, log, task, optimizer, scaler,
+        num_images=plan.num_images, total_steps=plan.total_steps, images="data.train",
+    )  # fmt: skip
+    if state is None:
         return Progress(), []
-    state = read_checkpoint(chosen)
-    if state["num_images"] != plan.num_images:
-        raise DataError(
-            f"data.train: the run was started on {state['num_images']} images, now there are "
-            f"{plan.num_images}; the order of the data would change. Restore the data set, or "
-            "start a new run"
-        )
-    task.load_state_dict(state["task"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
     if is_main_process():
         save_result(run_dir, task)  # a kill may have come between the checkpoint and the backbone
-    log.say(f"resuming {chosen} at step {state['step']:,} of {plan.total_steps:,}")
     return Progress(**state["progress"]), state["broken"]
-
-
-def newest_checkpoint(run_dir: Path, log: RunLog) -> Path | None:
-    """The newest undamaged checkpoint, warning about damaged ones; None before the first."""
-    if not list_checkpoints(run_dir / "checkpoints"):
-        return None
-    _, folder, warnings = load_checkpoint(run_dir / "checkpoints")
-    for line in warnings:
-        log.warn(line)
-    return folder
 
 
 def make_schedules(settings: PretrainConfig, plan: Plan) -> dict[str, Schedule]:
@@ -512,20 +427,6 @@ def describe_run(
 def finish(settings: PretrainConfig, progress: Progress, broken: BrokenImages, log: RunLog) -> None:
     """Say how it ended. Raises DataError or Interrupted when it ended early."""
     run_dir = settings.run_dir
-    if broken.too_many():
-        log.record(broken.verdict())
-        raise DataError(broken.verdict())
-    if broken.paths:
-        log.warn(
-            f"{len(broken.paths)} images could not be read and were replaced by others; they are "
-            f"listed in {run_dir}/broken_images.txt"
-        )
-    if progress.stopped:
-        reason = (
-            f"stopped after step {progress.step}: {progress.stopped}. Everything is saved; "
-            f"continue with: dino-kd pretrain {run_dir} resume=true"
-        )
-        log.record(reason)
-        raise Interrupted(reason)
+    end_of_training(run_dir, progress, broken, log, command="pretrain")
     log.say(f"done: {progress.step:,} steps; the backbone is in {run_dir}/backbone")
     log.say(f"score it: dino-kd knn backbone={run_dir} train=LABELLED_IMAGES test=OTHER_IMAGES")

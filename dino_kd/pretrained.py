@@ -32,6 +32,7 @@ from dino_kd.schema import CropSettings, DataSettings, ModelSettings, PretrainCo
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CLASSIFIER_FILE = "classifier.safetensors"  # beside the backbone of a fine-tuning run
 _STUDENT_PREFIX = "student.backbone.net."
 _CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _BRANCHES = ("teacher", "student", "untrained")
@@ -56,8 +57,8 @@ def load_backbone(
             a checkpoint file of DINO or DINOv2.
         branch: "teacher" or "student" of a run or a full training checkpoint; "untrained" is the
             network a run started from.
-        img_size: pixels, one side or (height, width); position embeddings are resampled. None: as
-            it was trained.
+        img_size: pixels, one side or (height, width); position embeddings are resampled, those of
+            DINO and DINOv2 files by their authors' rule. None: as it was trained.
         device: where to put it.
 
     Raises:
@@ -182,6 +183,8 @@ def _timm_config(backbone: Backbone) -> dict[str, Any]:
 
 def _load_run(run_dir: Path, branch: str) -> Backbone:
     folder = run_dir / "backbone"
+    if (run_dir / CLASSIFIER_FILE).is_file():
+        _only_one_network(str(run_dir), branch)
     if branch == "untrained":
         return build_untrained(_run_config(run_dir))
     if branch == "student" and (run_dir / "backbone_student").is_dir():

@@ -34,7 +34,7 @@ from dino_kd.lengths import parse_length
 from dino_kd.logistic import fit_logistic
 from dino_kd.schema import FewshotConfig
 
-from .labelled import open_labelled, solver_device
+from .labelled_features import open_labelled, solver_device
 from .results import (
     Stopwatch,
     closing_lines,

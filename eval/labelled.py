@@ -1,74 +1,117 @@
-"""Two labelled sets and their features, for the evaluators that learn a classifier from one."""
+"""The labelled images of a fine-tuning: which are trained on, held out, scored; and as batches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
-from dino_kd.features import FeatureBank
-from dino_kd.schema import LabelledSettings
-
-from .results import describe_images, notes_on_sets
-from .subject import Subject, open_images, open_subject
+from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
+from dino_kd.data.loader import crop_batches
+from dino_kd.data.multicrop import supervised_policy
+from dino_kd.data.pictures import save_crop_picture
+from dino_kd.data.specs import make_dataset
+from dino_kd.data.splits import holdout
+from dino_kd.distributed import is_main_process, processes_here, rank, world_size
+from dino_kd.engine.hooks import BrokenImages
+from dino_kd.errors import DataError
+from dino_kd.presets import Span, loader_processes
+from dino_kd.rundir import check_readable, refuse_run_inside
+from dino_kd.schema import FinetuneConfig
+from dino_kd.tasks.classify import LabelledImages
 
 
 @dataclass
 class LabelledSets:
-    """The subject of an evaluation with its train and test images; labels count train's classes."""
+    """Three sets with the classes of the training images; labels are int64 [N].
 
-    subject: Subject
-    train: ImageDataset
-    test: ImageDataset
-    class_names: list[str]
-    _test_labels: Tensor
-
-    def features(self) -> tuple[FeatureBank, FeatureBank]:
-        """Features and labels of train and test, complete on every process. Raises UserError."""
-        bank = self.subject.features(self.train, "train")
-        queries = self.subject.features(self.test, "test")
-        queries.labels = self._test_labels[queries.indices]
-        return bank, queries
-
-    def describe(self, bank: FeatureBank, queries: FeatureBank) -> dict[str, Any]:
-        """The `data` of a result."""
-        return {
-            "train": describe_images(self.train, bank),
-            "test": describe_images(self.test, queries),
-        }
-
-    def notes(self, bank: FeatureBank) -> list[str]:
-        """What a reader of the numbers should know about the sets."""
-        found = notes_on_sets(self.train, self.test)
-        assert bank.labels is not None  # the sets have labels
-        counts = torch.bincount(bank.labels, minlength=len(self.class_names))
-        unseen = [self.class_names[y] for y in (counts == 0).nonzero().flatten().tolist()]
-        if unseen:
-            found.append(
-                f"{len(unseen)} classes have no readable train image and are never predicted: "
-                f"{', '.join(unseen[:5])}{' ...' if len(unseen) > 5 else ''}"
-            )
-        return found
-
-
-def open_labelled(settings: LabelledSettings, device: torch.device) -> LabelledSets:
-    """Open what `settings` names.
-
-    Raises:
-        UserError: no such backbone, labels absent or of other classes.
+    `held_out` is empty unless weights are chosen by it.
     """
-    subject = open_subject(settings, device)
-    train = open_images(settings, "train", subject.channels)
-    test = open_images(settings, "test", subject.channels)
-    require_labels(train, "train")
-    assert train.class_names is not None  # it has labels
-    test_labels = torch.from_numpy(labels_as(test, train.class_names, "test"))
-    return LabelledSets(subject, train, test, train.class_names, test_labels)
+
+    class_names: list[str]
+    train: ImageDataset
+    train_labels: Tensor
+    held_out: ImageDataset
+    held_out_labels: Tensor
+    test: ImageDataset
+    test_labels: Tensor
 
 
-def solver_device(device: torch.device) -> torch.device:
-    """Where the solvers run: CUDA or the CPU, as Apple's MPS has no double precision."""
-    return device if device.type == "cuda" else torch.device("cpu")
+def open_labelled_sets(settings: FinetuneConfig, channels: int) -> LabelledSets:
+    """Open, draw and check the images. Raises UserError."""
+    whole, test = (
+        make_dataset(
+            getattr(settings, name), channels=channels, download=settings.download, where=name
+        )
+        for name in ("train", "test")
+    )
+    require_labels(whole, "train")
+    assert whole.labels is not None and whole.class_names is not None  # noqa: PT018 - it has labels
+    test_labels = labels_as(test, whole.class_names, "test")
+    for dataset, name in ((whole, "train"), (test, "test")):
+        refuse_run_inside(settings.run_dir, getattr(settings, name))
+        check_readable(dataset, name)
+    counts = np.bincount(whole.labels, minlength=len(whole.class_names))
+    if not counts.all():
+        raise DataError(
+            f"train: {whole.spec} has no image of class {whole.class_names[counts.argmin()]!r}"
+        )
+    used, _ = holdout(whole.labels, 1 - settings.fraction, settings.seed)
+    fit, held_out = used, used[:0]
+    if settings.select == "best":
+        kept, spared = holdout(whole.labels[used], settings.holdout, settings.seed)
+        fit, held_out = used[kept], used[spared]
+        if not len(held_out):
+            raise DataError(
+                f"holdout: every class has a single image among the {len(used)} that are used of "
+                f"{whole.spec}, so none can be held out; use select=last or a larger fraction"
+            )
+    return LabelledSets(
+        whole.class_names,
+        whole if len(fit) == len(whole) else subset(whole, fit),
+        torch.from_numpy(whole.labels[fit]),
+        subset(whole, held_out),
+        torch.from_numpy(whole.labels[held_out]),
+        test,
+        torch.from_numpy(test_labels),
+    )
+
+
+def training_batches(
+    settings: FinetuneConfig,
+    sets: LabelledSets,
+    size: tuple[int, int],
+    span: Span,
+    start_step: int,
+    device: torch.device,
+    broken: BrokenImages,
+) -> Iterator[LabelledImages]:
+    """This process's share of every batch from `start_step` on, with its labels.
+
+    Broken images are reported to `broken`; the first batch of a new run is drawn as crops.png.
+    """
+    augment = settings.augment
+    batches = crop_batches(
+        sets.train,
+        supervised_policy(size, augment.scale, augment.horizontal_flip),
+        batch_size=settings.optim.batch_size,
+        seed=settings.seed,
+        start_step=start_step,
+        total_steps=span.total_steps,
+        rank=rank(),
+        world_size=world_size(),
+        num_workers=loader_processes(settings.num_workers, processes_here()),
+        pin_memory=device.type == "cuda",
+    )
+    try:
+        for number, batch in enumerate(batches, start=start_step):
+            broken.record(batch.broken)
+            if number == 0 and is_main_process():
+                save_crop_picture(batch.crops, Path(settings.run_dir) / "crops.png")
+            yield LabelledImages.of(batch, sets.train_labels)
+    finally:
+        batches.close()

@@ -28,7 +28,7 @@ from dino_kd.features import FeatureBank
 from dino_kd.logistic import LogisticFit, fit_logistic
 from dino_kd.schema import LogregConfig
 
-from .labelled import open_labelled, solver_device
+from .labelled_features import open_labelled, solver_device
 from .results import (
     Stopwatch,
     closing_lines,

@@ -18,7 +18,7 @@ from dino_kd.distributed import world_size
 from dino_kd.errors import ConfigError
 from dino_kd.features import FeatureBank
 from dino_kd.files import write_json
-from dino_kd.schema import BackboneSettings
+from dino_kd.schema import Settings, SourceSettings
 
 
 class Stopwatch:
@@ -37,7 +37,7 @@ class Stopwatch:
 
 def make_result(
     evaluator: str,
-    settings: BackboneSettings,
+    settings: Settings,
     *,
     metrics: dict[str, Any],
     protocol: dict[str, Any],
@@ -116,7 +116,7 @@ def notes_on_sets(train: ImageDataset, test: ImageDataset) -> list[str]:
     return found
 
 
-def title(evaluator: str, settings: BackboneSettings, backbone: dict[str, Any]) -> str:
+def title(evaluator: str, settings: SourceSettings, backbone: dict[str, Any]) -> str:
     """The first line of a table, such as "k-NN of runs/x (teacher, resnet18)"."""
     if "architecture" not in backbone:
         return f"{evaluator} of {settings.backbone}"

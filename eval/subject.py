@@ -21,7 +21,7 @@ from dino_kd.features import FeatureBank, default_resize, extract_features, pixe
 from dino_kd.models.backbone import Backbone, as_size
 from dino_kd.presets import loader_processes
 from dino_kd.pretrained import backbone_hash, load_backbone
-from dino_kd.schema import BackboneSettings, FeatureSettings
+from dino_kd.schema import FeatureSettings, SourceSettings
 
 PIXELS = "pixels"
 _PIXEL_SIZE = 32
@@ -144,7 +144,7 @@ def open_subject(settings: FeatureSettings, device: torch.device) -> Subject:
 
 
 def open_backbone(
-    settings: BackboneSettings, device: torch.device
+    settings: SourceSettings, device: torch.device
 ) -> tuple[Backbone, dict[str, Any]]:
     """The network of `settings`, and what a result says about it. Raises UserError."""
     if settings.backbone == PIXELS:

@@ -27,7 +27,14 @@ from dino_kd.distributed import broadcast, is_main_process, process_group
 from dino_kd.errors import ConfigError, UserError, unknown_name
 from dino_kd.files import write_json
 from dino_kd.problems import validate
-from dino_kd.schema import COMMANDS, EvaluateConfig, FeatureSettings, PretrainConfig
+from dino_kd.schema import (
+    COMMANDS,
+    BackboneSettings,
+    EvaluateConfig,
+    FeatureSettings,
+    PretrainConfig,
+    Settings,
+)
 
 from .results import Stopwatch, make_result
 from .subject import PIXELS
@@ -44,7 +51,7 @@ class Column:
     """One network in the table: the settings of each of its evaluators, and what came out."""
 
     title: str
-    settings: dict[str, FeatureSettings] = field(default_factory=dict)
+    settings: dict[str, BackboneSettings] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -108,7 +115,7 @@ def evaluate(settings: EvaluateConfig, device: torch.device) -> list[Column]:
 
 
 def score(
-    column: Column, name: str, settings: FeatureSettings, device: torch.device, watch: Stopwatch
+    column: Column, name: str, settings: BackboneSettings, device: torch.device, watch: Stopwatch
 ) -> None:
     """One evaluator on one network; its own table stays silent, its mistakes are kept."""
     step = f"{column.title}, {name}"
@@ -144,19 +151,31 @@ def plan(settings: EvaluateConfig, cache: str, folder: Path | None) -> list[Colu
             if network.get("backbone") == PIXELS and name not in OF_PIXELS:
                 continue
             schema = COMMANDS[name]
-            given = {k: v for k, v in (shared | network).items() if k in schema.model_fields}
+            given = handed_on(schema, shared) | network
             if folder is not None:
                 given["output"] = str(folder / f"{name}_{file_name(stem)}.json")
             made, wrong = validate(
                 schema, given | own, command=name, overridden=set(own), origin=""
             )
             problems += [f"suite.{name}.{problem}" for problem in wrong]
-            if isinstance(made, FeatureSettings):
+            if isinstance(made, BackboneSettings):
                 column.settings[name] = made
         columns.append(column)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return columns
+
+
+def handed_on(schema: type[Settings], shared: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluator takes from the suite's own settings.
+
+    The benchmark sets have a size and a batch of their own, and name their data themselves.
+    """
+    if not issubclass(schema, FeatureSettings):
+        shared = {k: v for k, v in shared.items() if k not in ("image_size", "batch_size")}
+    # what needs no labels looks at the training images, whose features the others need anyway
+    shared = shared | {"data": shared["train"]}
+    return {key: value for key, value in shared.items() if key in schema.model_fields}
 
 
 def networks(settings: EvaluateConfig) -> dict[str, dict[str, Any]]:

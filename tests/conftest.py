@@ -13,6 +13,8 @@ import shutil
 
 import pytest
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
@@ -23,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             _skip(items, "gpu", "needs a CUDA device")
     if shutil.which("sbatch") is None:
         _skip(items, "slurm", "needs a Slurm cluster")
+    if not any(map(shutil.which, BROWSERS)):
+        _skip(items, "browser", f"needs one of {', '.join(BROWSERS)}")
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:

@@ -23,7 +23,7 @@ from dino_kd.config import (
 )
 from dino_kd.describe import accepted, leaves
 from dino_kd.errors import ConfigError
-from dino_kd.schema import COMMANDS, CROP_PRESETS, KnnConfig, PretrainConfig
+from dino_kd.schema import COMMANDS, CROP_PRESETS, FinetuneConfig, KnnConfig, PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ["run_dir=runs/x", "data.train=/images"]
@@ -150,6 +150,10 @@ def test_every_packaged_config_fits_its_command() -> None:
             load(name)
         elif name == "eval/knn":
             load_settings(KnnConfig, [name, *KNN_NEEDED], command="knn")
+        elif name == "eval/finetune":
+            words = [name, "run_dir=runs/y", *KNN_NEEDED]
+            filled = load_settings(FinetuneConfig, words, command="finetune")
+            assert filled == load_settings(FinetuneConfig, words[1:], command="finetune")
 
 
 def test_every_packaged_config_opens_with_question_command_cost_and_result() -> None:

@@ -42,13 +42,14 @@ def test_requirements_have_lower_bounds_only(tmp_path: Path) -> None:
     assert got["python_requires"] == ">=3.10"
     for line in got["install_requires"]:  # type: ignore[attr-defined]
         assert re.fullmatch(r"[A-Za-z0-9_-]+>=[\d.]+", line), line
-    assert {"test", "dev", "export", "report"} <= set(got["extras_require"])  # type: ignore[call-overload]
+    assert {"test", "dev", "export", "video"} <= set(got["extras_require"])  # type: ignore[call-overload]
 
 
 def test_everything_imported_is_declared(tmp_path: Path) -> None:
     """Imports of all shipped modules against install_requires and the extras."""
     got = setup_arguments(tmp_path)
-    extras = [line for name in ("export", "report") for line in got["extras_require"][name]]  # type: ignore[index]
+    shipped = ("export", "parquet", "video")
+    extras = [line for name in shipped for line in got["extras_require"][name]]  # type: ignore[index]
     declared = {
         re.split("[>=]", line)[0].lower()
         for line in [*got["install_requires"], *extras]  # type: ignore[misc]
@@ -167,6 +168,9 @@ def test_the_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> Non
     script = str(installed / "bin" / "dino-kd")
     assert run_installed(installed, tmp_path, script, "--version") == f"dino-kd {__version__}\n"
     assert "usage: dino-kd knn" in run_installed(installed, tmp_path, script, "knn", "--help")
+    shown = ["input=synthetic:textures:test:3", "backbone=random:resnet10t", "device=cpu"]
+    run_installed(installed, tmp_path, script, "visualize", *shown)
+    assert "What random:resnet10t sees" in (tmp_path / "visualize" / "index.html").read_text()
     code = (
         "import dino_kd.config as c; names = c.packaged_configs(); print(*names);"
         "print(c.__file__, *map(c.find_config, names), sep='\\n')"
@@ -183,6 +187,7 @@ def test_the_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_wheel_holds_no_tests_and_knows_its_types(installed: Path) -> None:
     assert (installed / "dino_kd" / "py.typed").is_file()
+    assert (installed / "eval" / "templates" / "visualize.html").is_file()
     assert not (installed / "tests").exists()
     assert not (installed / "configs").exists()
 

@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -32,19 +33,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # --- official layouts, built and run without timm -------------------------------------------------
 
 
-def official_vit(*, dinov2=False, registers=0, swiglu=False, dim=64, depth=3, patch=8, grid=4):
+def official_vit(
+    *, dinov2=False, registers=0, swiglu=False, dim=64, depth=3, patch=8, grid=4, spread=0.2
+):
     """A random state dict with the names and shapes of the official code."""
     g = torch.Generator().manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, generator=g) * 0.2
+        return torch.randn(*shape, generator=g) * spread
 
     state = {
         "cls_token": random(1, 1, dim),
         "pos_embed": random(1, 1 + grid * grid, dim),
         "patch_embed.proj.weight": random(dim, 3, patch, patch),
         "patch_embed.proj.bias": random(dim),
-        "norm.weight": random(dim),
+        "norm.weight": 1 + random(dim),
         "norm.bias": random(dim),
     }
     if dinov2:
@@ -125,6 +128,50 @@ def chunked(state, chunk=2):
     return out
 
 
+def cubic(x, a):
+    """Keys' cubic convolution kernel."""
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resampling_matrix(source, target, *, antialias):
+    """[target, source] weights of one axis, from the definition, in float64.
+
+    Without antialiasing: four taps (a = -0.75), borders repeated, and the scale that the official
+    code passes, (target + 0.1) / source. With it: a = -0.5, the kernel as wide as the target's
+    pixels, weights normalised over the pixels inside.
+    """
+    matrix = np.zeros((target, source))
+    scale = source / target if antialias else source / (target + 0.1)
+    for i in range(target):
+        center = (i + 0.5) * scale - 0.5
+        if antialias:
+            width = max(scale, 1.0)
+            weights = cubic((np.arange(source) - center) / width, -0.5)
+            matrix[i] = weights / weights.sum()
+        else:
+            for tap in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+                place = min(max(tap, 0), source - 1)
+                matrix[i, place] += cubic(np.array(tap - center), -0.75)
+    return matrix
+
+
+def official_positions(state, grid):
+    """The position embeddings of another grid, by two matrix products."""
+    cls, patches = state["pos_embed"][:, :1], state["pos_embed"][0, 1:]
+    side = int(len(patches) ** 0.5)
+    if grid == (side, side):
+        return state["pos_embed"]
+    antialias = "register_tokens" in state
+    rows, columns = (resampling_matrix(side, n, antialias=antialias) for n in grid)
+    square = patches.double().numpy().reshape(side, side, -1)
+    made = np.einsum("ij,jkd,lk->ild", rows, square, columns)
+    made = torch.from_numpy(made.reshape(1, grid[0] * grid[1], -1)).float()
+    return torch.cat([cls, made], dim=1)
+
+
 OFFICIAL = [
     {},
     {"patch": 16, "grid": 2, "dim": 128},
@@ -149,6 +196,62 @@ def test_official_vit_gives_the_features_of_its_definition(tmp_path, options, su
     assert not backbone.training
     if options.get("dinov2"):
         assert "mask_token" in backbone.notes[0]
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (4, 6), (7, 2)])
+@pytest.mark.parametrize("options", [{}, {"dinov2": True}, {"dinov2": True, "registers": 4}])
+def test_other_sizes_follow_the_official_interpolation(tmp_path, options, grid):
+    """Smaller, larger and not square, against the kernels' definition in float64."""
+    state = official_vit(**options)
+    torch.save(state, tmp_path / "weights.pth")
+    size = (grid[0] * 8, grid[1] * 8)
+    backbone = load_backbone(tmp_path / "weights.pth", img_size=size)
+    assert backbone.img_size == size
+    assert any("by the authors' rule" in note for note in backbone.notes)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = run_official_vit(state | {"pos_embed": official_positions(state, grid)}, x)
+        torch.testing.assert_close(backbone(x), expected, atol=2e-5, rtol=1e-4)
+
+
+VIT_S16 = {"dim": 384, "depth": 12, "patch": 16, "grid": 14}
+VIT_S14 = {"dim": 384, "depth": 12, "patch": 14, "grid": 37, "dinov2": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (VIT_S16, (224, 224)),
+        (VIT_S16, (160, 240)),
+        (VIT_S14, (224, 224)),
+        pytest.param(VIT_S14, (518, 518), marks=pytest.mark.slow),
+        (VIT_S14 | {"registers": 4}, (224, 224)),
+        pytest.param(VIT_S14 | {"registers": 4}, (518, 518), marks=pytest.mark.slow),
+    ],
+)
+def test_published_small_networks_match_their_formulas_to_1e5(tmp_path, options, size):
+    """DINO ViT-S/16 and DINOv2 ViT-S/14 in full size, native and other sizes, absolute 1e-5."""
+    state = official_vit(**options, spread=0.02)
+    if options.get("dinov2"):
+        state = chunked(state, 3)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()}}, tmp_path / "full.pth")
+    backbone = load_backbone(tmp_path / "full.pth", img_size=size)
+    plain = official_vit(**options, spread=0.02)
+    grid = (size[0] // options["patch"], size[1] // options["patch"])
+    plain["pos_embed"] = official_positions(plain, grid)
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = run_official_vit(plain, x)
+        torch.testing.assert_close(backbone(x), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.1  # not a comparison of zeros
+    assert backbone.name.startswith("vit_small_patch")
+    assert backbone.model_args.get("embed_dim", 384) == 384
+
+
+def test_an_image_size_that_the_patch_does_not_divide_is_refused(tmp_path):
+    torch.save(official_vit(), tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=r"image size: 30 x 30 px does not divide.*32 x 32"):
+        load_backbone(tmp_path / "weights.pth", img_size=30)
 
 
 def test_chunked_blocks_are_the_same_network(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from dino_kd.data.dataset import ImageDataset, labels_as
 from dino_kd.data.images import BrokenImage
-from dino_kd.distributed import all_gather_objects
+from dino_kd.distributed import all_gather_objects, broadcast
 from dino_kd.engine.schedules import is_time
 from dino_kd.engine.signals import StopFlag
 from dino_kd.features import FeatureBank
@@ -97,9 +98,11 @@ class BrokenImages:
         num_images: int,
         max_share: float,
         known: Iterable[str] = (),
+        setting: str = "data.max_broken_share",
     ) -> None:
         self.write, self.stop = write, stop
         self.run_dir, self.num_images, self.max_share = run_dir, num_images, max_share
+        self.setting = setting
         self.paths: set[str] = set(known)
         self.new: list[BrokenImage] = []
 
@@ -126,14 +129,60 @@ class BrokenImages:
         """The sentence that ends a run with too many broken images."""
         return (
             f"{len(self.paths)} of {self.num_images} images cannot be read, more than "
-            f"data.max_broken_share={self.max_share}; the first is {min(self.paths)}, all are in "
+            f"{self.setting}={self.max_share}; the first is {min(self.paths)}, all are in "
             f"{self.run_dir}/broken_images.txt. Remove or replace them, or go on with a larger "
-            "data.max_broken_share and resume=true"
+            f"{self.setting} and resume=true"
         )
 
     def too_many(self) -> bool:
         """Whether that sentence is true."""
         return len(self.paths) > self.max_share * self.num_images
+
+
+class BestWeights:
+    """Scores the task every so many steps and keeps a copy of its best weights.
+
+    Args:
+        score: top-1 in percent on images that are not trained on; every process calls it.
+        every: steps between scores; the last step is always scored.
+        total_steps: length of the run.
+        say: receives one sentence per score.
+        on_better: called after a better score than all before; of equals the earlier stays.
+
+    Attributes:
+        best: ``step``, ``top1`` and the ``task``'s state on the CPU; None before the first score.
+            It belongs into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[], float],
+        *,
+        every: int,
+        total_steps: int,
+        say: Callable[[str], None],
+        on_better: Callable[[], None],
+    ) -> None:
+        self.score, self.every, self.total_steps = score, every, total_steps
+        self.say, self.on_better = say, on_better
+        self.best: dict[str, Any] | None = None
+
+    def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
+        if not is_time(done, self.every, self.total_steps):
+            return {}
+        top1 = broadcast(self.score())  # all processes keep the same weights
+        if self.best is None or top1 > self.best["top1"]:
+            state = {
+                name: value.detach().cpu().clone() for name, value in task.state_dict().items()
+            }
+            self.best = {"step": done, "top1": top1, "task": state}
+            self.on_better()
+        best = self.best
+        self.say(
+            f"step {done}: held-out top-1 {top1:.2f} % "
+            f"(best {best['top1']:.2f} % at step {best['step']})"
+        )
+        return {"holdout_top1": top1}
 
 
 def evenly_spaced(count: int, at_most: int) -> list[int]:

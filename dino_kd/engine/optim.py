@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,38 @@ def parameter_groups(module: nn.Module, last_layer: Iterable[nn.Parameter] = ())
             continue
         if id(parameter) in last:
             prototypes.append(parameter)
-        elif parameter.squeeze().ndim <= 1 or name.rpartition(".")[2] in _TOKEN_NAMES:
-            plain.append(parameter)
-        else:
+        elif _has_weight_decay(name, parameter):
             decayed.append(parameter)
+        else:
+            plain.append(parameter)
     groups = [
         {"params": decayed, "has_weight_decay": True, "is_last_layer": False},
         {"params": plain, "has_weight_decay": False, "is_last_layer": False},
         {"params": prototypes, "has_weight_decay": True, "is_last_layer": True},
     ]
     return [group for group in groups if group["params"]]
+
+
+def scaled_groups(module: nn.Module, lr_scales: Mapping[str, float]) -> list[dict]:
+    """Trainable parameters by their share of the learning rate, and within it decayed or not.
+
+    Args:
+        module: what is trained.
+        lr_scales: for every trainable parameter's name the factor on the learning rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (lr_scales[name], _has_weight_decay(name, parameter))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": found, "lr_scale": scale, "has_weight_decay": decayed, "is_last_layer": False}
+        for (scale, decayed), found in groups.items()
+    ]
+
+
+def _has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.squeeze().ndim > 1 and name.rpartition(".")[2] not in _TOKEN_NAMES
 
 
 def make_optimizer(
@@ -59,9 +81,9 @@ def make_optimizer(
 
 
 def apply_values(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> None:
-    """Set this step's learning rate and weight decay on every group."""
+    """Set this step's learning rate, times a group's ``lr_scale``, and weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = values["lr"]
+        group["lr"] = values["lr"] * group.get("lr_scale", 1.0)
         group["weight_decay"] = values["weight_decay"] if group["has_weight_decay"] else 0.0
 
 

@@ -6,14 +6,16 @@ that is asked for are recomputed from its input. The mass threshold follows the 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from dino_kd.errors import UserError
-from dino_kd.models.backbone import Backbone
+from dino_kd.errors import ConfigError, UserError
+from dino_kd.models.backbone import Backbone, Tokens
 
 
 @torch.no_grad()
@@ -32,22 +34,9 @@ def attention_maps(backbone: Backbone, x: Tensor, block: int = -1) -> Tensor:
         UserError: the network is a CNN, has another kind of attention, or has no such block.
     """
     attention = _attention_module(backbone, block)
-    inputs: list[Tensor] = []
-
-    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0])
-
-    handle = attention.register_forward_pre_hook(keep_input)
-    try:
+    with _kept_input(attention) as inputs:
         backbone.net.forward_features(x)
-    finally:
-        handle.remove()
-    tokens = inputs[0]  # [N, T, D]
-    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))  # [N, T, 3, heads, d]
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, T, d]
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    scores = (q.float() * attention.scale) @ k.float().transpose(-2, -1)
-    return scores.softmax(dim=-1)
+    return _probabilities(attention, inputs[0], None)
 
 
 def cls_attention(backbone: Backbone, x: Tensor, block: int = -1) -> Tensor:
@@ -56,12 +45,30 @@ def cls_attention(backbone: Backbone, x: Tensor, block: int = -1) -> Tensor:
     Probabilities; with the share that goes to prefix tokens they sum to 1. Raises UserError for
     networks without class token and where `attention_maps` does.
     """
-    attention = attention_maps(backbone, x, block)
+    return cls_attention_and_tokens(backbone, x, block)[0]
+
+
+@torch.no_grad()
+def cls_attention_and_tokens(
+    backbone: Backbone, x: Tensor, block: int = -1
+) -> tuple[Tensor, Tokens]:
+    """`cls_attention` and `Backbone.tokens` from one forward pass; memory grows with T, not T^2."""
+    check_cls_attention(backbone, block)
+    attention = _attention_module(backbone, block)
+    with _kept_input(attention) as inputs:
+        tokens = backbone.tokens(x)
+    probabilities = _probabilities(attention, inputs[0], 1)[:, :, 0]  # [N, heads, T]
+    return probabilities[:, :, backbone.num_prefix_tokens :].unflatten(-1, tokens.grid), tokens
+
+
+def check_cls_attention(backbone: Backbone, block: int = -1) -> None:
+    """Raise the UserError that `cls_attention` would, without running the network.
+
+    It is a ConfigError only for a block that the network does not have.
+    """
+    _attention_module(backbone, block)
     if getattr(backbone.net, "cls_token", None) is None:
         raise UserError(f"{backbone.name} has no class token whose attention could be shown")
-    assert backbone.patch_size is not None  # a ViT, or attention_maps would have raised
-    grid = (x.shape[-2] // backbone.patch_size, x.shape[-1] // backbone.patch_size)
-    return attention[:, :, 0, backbone.num_prefix_tokens :].unflatten(-1, grid)
 
 
 def threshold_mass(attention: Tensor, keep: float = 0.6) -> Tensor:
@@ -81,12 +88,38 @@ def threshold_mass(attention: Tensor, keep: float = 0.6) -> Tensor:
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
 
 
+@contextlib.contextmanager
+def _kept_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that receives the first argument of every call of `module`."""
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def _probabilities(attention: Attention, tokens: Tensor, queries: int | None) -> Tensor:
+    """Softmax rows ``[N, heads, queries, T]`` of the first `queries` tokens (None: all)."""
+    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))  # [N, T, 3, heads, d]
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, T, d]
+    q, k = attention.q_norm(q[:, :, :queries]), attention.k_norm(k)
+    scores = (q.float() * attention.scale) @ k.float().transpose(-2, -1)
+    return scores.softmax(dim=-1)
+
+
 def _attention_module(backbone: Backbone, block: int) -> Attention:
     blocks = getattr(backbone.net, "blocks", None)
     if not backbone.is_vit or blocks is None:
         raise UserError(f"{backbone.name} is no ViT: it has no attention between patches to show")
     if not -len(blocks) <= block < len(blocks):
-        raise UserError(f"{backbone.name} has blocks 0 to {len(blocks) - 1}, got {block}")
+        raise ConfigError(
+            f"block: {backbone.name} has blocks 0 to {len(blocks) - 1}, got {block}; -1 is the last"
+        )
     attention = getattr(blocks[block], "attn", None)
     if not isinstance(attention, Attention):
         raise UserError(

@@ -127,12 +127,12 @@ class Backbone(nn.Module):
         return patches, self._grid(patches.shape[1], x.shape[-2], x.shape[-1])
 
     def parts(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Several pooled features of normalised images ``[N, C, H, W]`` from one forward pass.
+        """Several features of normalised images ``[N, C, H, W]`` from one forward pass.
 
         ``output``: what `forward` returns ``[N, D]``. ``mean``: the mean patch of the final
-        features ``[N, Dp]``. ``block-K``: the class token of the K-th last block after the final
-        norm; without a class token, and for the K-th last stage of a CNN, its mean patch. A network
-        of fewer blocks gives its first one.
+        features ``[N, Dp]``. ``patches``: all of them ``[N, P, Dp]``. ``block-K``: the class token
+        of the K-th last block after the final norm; without a class token, and for the K-th last
+        stage of a CNN, its mean patch. A network of fewer blocks gives its first one.
         """
         depth = max((int(name[len("block-") :]) for name in names if name.startswith("block-")),
                     default=0)  # fmt: skip
@@ -144,8 +144,9 @@ class Backbone(nn.Module):
         made = {f"block-{k}": blocks[max(0, len(blocks) - k)] for k in range(1, depth + 1)}
         if "output" in names:
             made["output"] = self.net.forward_head(features, pre_logits=True)
-        if "mean" in names:
-            made["mean"] = self._split(features, x)[0].mean(1)
+        if "mean" in names or "patches" in names:
+            made["patches"] = self._split(features, x)[0]
+            made["mean"] = made["patches"].mean(1)
         return {name: made[name] for name in names}
 
     def _blocks(self, x: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:

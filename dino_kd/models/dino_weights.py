@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dino_kd.errors import CheckpointError
 
@@ -50,7 +51,8 @@ class DinoWeights:
     Attributes:
         name: timm architecture.
         in_chans: input channels.
-        img_size: (height, width) in pixels of the grid of position embeddings; 224 for CNNs.
+        img_size: (height, width) in pixels of the grid of position embeddings: the one that was
+            asked for, else the trained one; 224 for CNNs.
         patch_size: pixels, None for CNNs.
         args: further keyword arguments of the timm model.
         state: tensors under timm's names.
@@ -105,7 +107,9 @@ def read_dino_weights(
     Args:
         state: tensors by name, with or without the prefixes ``module.`` and ``backbone.``.
         where: the file, for messages.
-        img_size: (height, width) for position embeddings whose grid is not square.
+        img_size: (height, width) in pixels. A ViT's position embeddings are resampled to it by the
+            authors' own rule (`resample_positions`); sizes that the patch does not divide are left
+            to the caller to refuse. None: as it was trained.
 
     Raises:
         CheckpointError: neither a DINO ViT nor a ResNet.
@@ -143,11 +147,25 @@ def _read_vit(
         )
     state = {_block_name(key): value for key, value in state.items()}
     depth = _count(state, r"blocks\.(\d+)\.")
-    grid = _grid(state["pos_embed"].shape[1] - 1, patch, img_size, where)
+    trained = _grid(state["pos_embed"].shape[1] - 1, patch, img_size, where)
     hidden = _first_shape(state, ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"))
     scaled = "blocks.0.ls1.gamma" in state
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     swiglu = "blocks.0.mlp.w12.weight" in state
+    grid = trained
+    if img_size is not None and not (img_size[0] % patch or img_size[1] % patch):
+        grid = (img_size[0] // patch, img_size[1] // patch)
+    if grid != trained:
+        positions = resample_positions(
+            state["pos_embed"], trained, grid, has_registers=registers > 0
+        )
+        state = state | {"pos_embed": positions}
+        rows, columns = trained
+        notes = [
+            *notes,
+            f"position embeddings resampled from {rows} x {columns} to {grid[0]} x {grid[1]} "
+            "patches by the authors' rule",
+        ]
 
     args: dict[str, Any] = {"embed_dim": dim, "depth": depth, "num_heads": dim // 64}
     if scaled or registers or swiglu:
@@ -178,6 +196,33 @@ def _read_vit(
         state=_timm_vit_names(state),
         notes=notes,
     )
+
+
+def resample_positions(
+    pos_embed: Tensor, trained: tuple[int, int], grid: tuple[int, int], *, has_registers: bool
+) -> Tensor:
+    """Position embeddings for another grid, as the published networks themselves do it.
+
+    DINO and DINOv2: bicubic without antialiasing, and source coordinates from the scale
+    ``(n + 0.1) / n_trained`` instead of ``n / n_trained``; the 0.1 stems from a rounding problem
+    of old PyTorch versions, and the published numbers contain it. DINOv2 with registers: bicubic
+    with antialiasing, without the 0.1.
+
+    Args:
+        pos_embed: ``[1, 1 + rows * columns, D]``, the class token's first.
+        trained: (rows, columns) it was trained for.
+        grid: (rows, columns) that is wanted.
+        has_registers: which of the two rules.
+    """
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:].float()
+    patches = patches.unflatten(1, trained).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    if has_registers:
+        resampled = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
+    else:
+        scale = ((grid[0] + 0.1) / trained[0], (grid[1] + 0.1) / trained[1])
+        resampled = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+    assert resampled.shape[2:] == grid
+    return torch.cat([cls, resampled.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
 def _timm_vit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

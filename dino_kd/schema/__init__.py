@@ -7,14 +7,17 @@ Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`
 
 from __future__ import annotations
 
-from dino_kd.schema.base import InWords, Settings
+from dino_kd.schema.base import InWords, RunSettings, Settings
+from dino_kd.schema.embed import DuplicatesConfig, EmbedConfig, SearchConfig
 from dino_kd.schema.evaluators import (
     BackboneSettings,
     FeatureSettings,
     KnnConfig,
     LabelledSettings,
+    SourceSettings,
 )
 from dino_kd.schema.few_labels import FewshotConfig, LogregConfig
+from dino_kd.schema.finetune import AugmentSettings, FinetuneConfig, FinetuneOptimSettings
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
@@ -27,35 +30,69 @@ from dino_kd.schema.pretrain import (
     PretrainConfig,
     TeacherSettings,
 )
+from dino_kd.schema.probes import LinearConfig
+from dino_kd.schema.quality import QualityConfig
+from dino_kd.schema.retrieval import (
+    BenchmarkSettings,
+    CopydetectConfig,
+    RetrievalConfig,
+    VideoConfig,
+)
 from dino_kd.schema.suite import EvaluateConfig
+from dino_kd.schema.visualize import VisualizeConfig
 
 __all__ = [
     "COMMANDS",
     "CROP_PRESETS",
+    "AugmentSettings",
     "BackboneSettings",
+    "BenchmarkSettings",
+    "CopydetectConfig",
     "CropSettings",
     "DataSettings",
+    "DuplicatesConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "FeatureSettings",
     "FewshotConfig",
+    "FinetuneConfig",
+    "FinetuneOptimSettings",
     "HeadSettings",
     "InWords",
     "KnnConfig",
     "LabelledSettings",
+    "LinearConfig",
     "LogSettings",
     "LogregConfig",
     "ModelSettings",
     "MonitorSettings",
     "OptimSettings",
     "PretrainConfig",
+    "QualityConfig",
+    "RetrievalConfig",
+    "RunSettings",
+    "SearchConfig",
     "Settings",
+    "SourceSettings",
     "TeacherSettings",
+    "VideoConfig",
+    "VisualizeConfig",
 ]
 
 COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "finetune": FinetuneConfig,
+    "visualize": VisualizeConfig,
+    "linear": LinearConfig,
+    "embed": EmbedConfig,
+    "search": SearchConfig,
+    "duplicates": DuplicatesConfig,
+    "quality": QualityConfig,
+    "retrieval": RetrievalConfig,
+    "copydetect": CopydetectConfig,
+    "video": VideoConfig,
     "logreg": LogregConfig,
     "fewshot": FewshotConfig,
 }

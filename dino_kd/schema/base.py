@@ -93,3 +93,22 @@ CropShares = Annotated[
     tuple[Share, Share, Share],  # first global crop, second global crop, local crops
     InWords("[global 1, global 2, locals], each from 0 to 1"),
 ]
+
+
+class RunSettings(Settings):
+    """What every command with a run directory asks for."""
+
+    run_dir: Text = setting(
+        ...,
+        "Folder of this run; everything it writes goes here.",
+        free=True,
+        examples=["runs/first"],
+    )
+    resume: Literal["auto"] | bool = setting(
+        False,
+        "true: continue the run in run_dir; auto: continue it if there is one; "
+        "false: start a new one.",
+        free=True,
+    )
+    seed: Annotated[int, Field(ge=0)] = setting(0, "Seeds weights, data order and augmentation.")
+    device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.", free=True)

@@ -17,8 +17,8 @@ from dino_kd.schema.base import (
 )
 
 
-class BackboneSettings(Settings):
-    """Which network, and how it runs."""
+class SourceSettings(Settings):
+    """Which network."""
 
     backbone: Text = setting(
         ...,
@@ -32,6 +32,11 @@ class BackboneSettings(Settings):
     image_size: Size | None = setting(
         None, "Side of the network's input; none: as it was trained.", unit="px"
     )
+
+
+class BackboneSettings(SourceSettings):
+    """Which network, and how it runs."""
+
     batch_size: PositiveInt = setting(256, "Images per forward pass and process.", unit="images")
     num_workers: Auto | Annotated[int, Field(ge=0)] = setting("auto", "Loader processes.")
     device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.")

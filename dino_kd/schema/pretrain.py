@@ -15,6 +15,7 @@ from dino_kd.schema.base import (
     PositiveInt,
     Range,
     RunLength,
+    RunSettings,
     Settings,
     Share,
     ShareRange,
@@ -268,23 +269,9 @@ class MonitorSettings(Settings):
         return self
 
 
-class PretrainConfig(Settings):
+class PretrainConfig(RunSettings):
     """`dino-kd pretrain`: learn a backbone from unlabelled images."""
 
-    run_dir: Text = setting(
-        ...,
-        "Folder of this run; everything it writes goes here.",
-        free=True,
-        examples=["runs/first"],
-    )
-    resume: Literal["auto"] | bool = setting(
-        False,
-        "true: continue the run in run_dir; auto: continue it if there is one; "
-        "false: start a new one.",
-        free=True,
-    )
-    seed: Annotated[int, Field(ge=0)] = setting(0, "Seeds weights, data order and augmentation.")
-    device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.", free=True)
     data: DataSettings
     crops: CropSettings = CropSettings()
     model: ModelSettings = ModelSettings()

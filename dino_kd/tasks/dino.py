@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.data.multicrop import Crops
-from dino_kd.distributed import all_reduce_mean, world_size
 from dino_kd.engine.health import perplexity, rankme
 from dino_kd.losses.dino import Center, center_and_sharpen, dino_cross_entropy
 from dino_kd.models.backbone import Backbone
+from dino_kd.models.batch_norm import BatchNormStatistics
 from dino_kd.models.ema import update_teacher
 from dino_kd.models.head import DINOHead
 
@@ -68,8 +68,7 @@ class DinoTask(nn.Module):
         self.center = Center(head.num_prototypes, center_momentum)
         self.student_temp = student_temp
         self.teacher_buffers = buffers
-        self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
-        self._statistics_before: list[Tensor] = []
+        self._statistics = BatchNormStatistics(self)
         self.train()
 
     def train(self, mode: bool = True) -> DinoTask:
@@ -84,7 +83,8 @@ class DinoTask(nn.Module):
 
     def forward(self, crops: Crops, values: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch; reads ``values["teacher_temp"]`` and ``["measure"]``."""
-        self._remember_statistics()
+        if self.training:
+            self._statistics.remember()
         groups = [crops.global_crops]
         if len(crops.local_crops):
             groups.append(crops.local_crops)
@@ -114,32 +114,7 @@ class DinoTask(nn.Module):
         """Move teacher (by ``values["momentum"]``) and centre; undo what a skipped step left."""
         if skipped:
             self.center.discard()
-            self._restore_statistics()
         else:
             update_teacher(self.student, self.teacher, values["momentum"], self.teacher_buffers)
             self.center.commit()
-            self._average_statistics()
-        self._statistics_before = []
-
-    def _statistics(self) -> list[Tensor]:
-        """Batch-norm buffers, which a forward pass changes in place; none in a ViT."""
-        return [buffer for module in self._batch_norms for buffer in module.buffers()]
-
-    def _average_statistics(self) -> None:
-        """Mean of the batch-norm statistics over processes, so that all score and save the same."""
-        floating = [buffer for buffer in self._statistics() if buffer.is_floating_point()]
-        if world_size() == 1 or not floating:
-            return
-        packed = all_reduce_mean(torch.cat([buffer.flatten() for buffer in floating]))
-        for buffer, mean in zip(
-            floating, packed.split([buffer.numel() for buffer in floating]), strict=True
-        ):
-            buffer.copy_(mean.view_as(buffer))
-
-    def _remember_statistics(self) -> None:
-        if self.training and not self._statistics_before:
-            self._statistics_before = [buffer.clone() for buffer in self._statistics()]
-
-    def _restore_statistics(self) -> None:
-        for buffer, before in zip(self._statistics(), self._statistics_before, strict=True):
-            buffer.copy_(before)
+        self._statistics.settle(skipped)

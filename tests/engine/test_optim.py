@@ -12,6 +12,7 @@ from dino_kd.engine.optim import (
     drop_frozen_gradients,
     make_optimizer,
     parameter_groups,
+    scaled_groups,
 )
 from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import create_backbone
@@ -91,3 +92,29 @@ def test_lars_first_step_is_the_trust_ratio_times_the_gradient():
 def test_unknown_optimiser_gets_a_suggestion():
     with pytest.raises(ConfigError, match=r"unknown optimiser 'adamv'; did you mean 'adamw'"):
         make_optimizer("adamv", [])
+
+
+def test_a_group_with_a_scale_learns_at_its_share_and_one_without_at_the_full_rate():
+    scaled = {
+        "params": [nn.Parameter(torch.ones(2, 2))], "lr_scale": 0.25,
+        "has_weight_decay": True, "is_last_layer": False,
+    }  # fmt: skip
+    optimizer = make_optimizer("sgd", [scaled, *parameter_groups(nn.Linear(2, 2, bias=False))])
+    apply_values(optimizer, {"lr": 0.1, "weight_decay": 0.4})
+    found = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [(0.025, 0.4), (0.1, 0.4)]
+    assert "lr_scale" not in optimizer.param_groups[1]
+
+
+def test_scaled_groups_hold_every_trainable_parameter_once():
+    module = nn.ModuleDict({"low": nn.Linear(3, 3), "high": nn.Linear(3, 3)})
+    module["low"].bias.requires_grad_(False)
+    scales = {"low.weight": 0.5, "low.bias": 0.5, "high.weight": 1.0, "high.bias": 1.0}
+    groups = scaled_groups(module, scales)
+    found = {
+        (group["lr_scale"], group["has_weight_decay"]): group["params"] for group in groups
+    }  # fmt: skip
+    assert found.keys() == {(0.5, True), (1.0, True), (1.0, False)}
+    assert found[0.5, True][0] is module["low"].weight
+    assert found[1.0, True][0] is module["high"].weight
+    assert found[1.0, False][0] is module["high"].bias

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from dino_kd.errors import UserError
-from dino_kd.models.attention import attention_maps, cls_attention, threshold_mass
+from dino_kd.errors import ConfigError, UserError
+from dino_kd.models.attention import (
+    attention_maps,
+    check_cls_attention,
+    cls_attention,
+    cls_attention_and_tokens,
+    threshold_mass,
+)
 from dino_kd.models.backbone import create_backbone
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -53,6 +59,24 @@ def test_class_token_row_becomes_a_grid_without_prefix_tokens(name, args):
     assert found.shape == (1, 4, 3, 2)
     full = attention_maps(backbone, x)
     assert torch.equal(found[0, 1].flatten(), full[0, 1, 0, backbone.num_prefix_tokens :])
+
+
+@pytest.mark.parametrize(("name", "args"), NETWORKS)
+def test_attention_and_tokens_of_one_pass_are_those_of_two(name, args):
+    backbone = create_backbone(name, img_size=(48, 32), args=args).eval()
+    x = torch.randn(2, 3, 48, 32)
+    attention, tokens = cls_attention_and_tokens(backbone, x, 1)
+    rows = attention_maps(backbone, x, 1)[:, :, 0, backbone.num_prefix_tokens :]
+    torch.testing.assert_close(attention.flatten(2), rows)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens.patches, backbone.tokens(x).patches)
+
+
+def test_checking_needs_no_forward_pass():
+    backbone = create_backbone("vit_tiny_patch16_224", img_size=32, args=TINY).eval()
+    check_cls_attention(backbone, -3)
+    with pytest.raises(ConfigError, match=r"block: .* has blocks 0 to 2, got -4"):
+        check_cls_attention(backbone, -4)
 
 
 def test_looking_leaves_no_hook_behind():
