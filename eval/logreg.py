@@ -108,8 +108,8 @@ class SweptC:
         """Its row in the JSON."""
         return {
             "c": self.fit.c,
-            "heldout_top1": self.top1,
-            "heldout_top5": self.top5,
+            "held_out_top1": self.top1,
+            "held_out_top5": self.top5,
             **search_summary(self.fit),
         }
 
@@ -119,7 +119,7 @@ def hold_out(bank: FeatureBank, settings: LogregConfig) -> Split:
     assert bank.labels is not None  # checked when the datasets were opened
     if len(settings.c) == 1:
         return Split(torch.arange(len(bank.labels)), torch.arange(0))
-    fit, held_out = holdout(bank.labels.numpy(), settings.holdout, settings.seed)
+    fit, held_out = holdout(bank.labels.numpy(), settings.held_out, settings.seed)
     if not len(held_out):
         raise DataError(
             "train: every class has a single readable image, so none can be held out to choose c; "
@@ -197,7 +197,7 @@ def evaluate(fit: LogisticFit, queries: FeatureBank) -> Iterator[tuple[str, floa
 
 def held_out_metrics(chosen: SweptC | None) -> dict[str, float]:
     """What the chosen c scored where it was chosen."""
-    return {} if chosen is None else {"heldout_top1": chosen.top1, "heldout_top5": chosen.top5}
+    return {} if chosen is None else {"held_out_top1": chosen.top1, "held_out_top5": chosen.top5}
 
 
 def search_summary(fit: LogisticFit) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def table(result: dict[str, Any], settings: LogregConfig) -> str:
         lines.append(f"{'c':>8}  {'held-out top-1 %':>16}  {'steps':>5}")
     for row in result["sweep"]:
         mark = "  <- chosen" if row["c"] == result["protocol"]["c"] else ""
-        lines.append(f"{row['c']:8.3g}  {row['heldout_top1']:16.2f}  {row['iterations']:5}{mark}")
+        lines.append(f"{row['c']:8.3g}  {row['held_out_top1']:16.2f}  {row['iterations']:5}{mark}")
     lines.append(
         f"test: top-1 {metrics['logreg_top1']:.2f} %, top-5 {metrics['logreg_top5']:.2f} % "
         f"with c = {result['protocol']['c']:g}"

@@ -42,7 +42,7 @@ class LogregConfig(LabelledSettings):
         "standard",
         "Of the features. standard: mean 0 and deviation 1 over the training images; l2: length 1.",
     )
-    holdout: Annotated[float, Field(gt=0, le=0.5)] = setting(
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = setting(
         0.1, "Share of the training images that chooses c, stratified."
     )
     seed: Seed = setting(0, "Draws the held-out images.")

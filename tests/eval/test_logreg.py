@@ -78,7 +78,7 @@ def test_sweep_and_score_are_those_of_sklearn(sets, folder, tmp_path, scaling):
     cs = [0.01, 0.1, 1.0, 10.0]
     result = run(
         command(
-            folder, sets, f"c={cs}", f"scaling={scaling}", "holdout=0.2", "seed=3", "tolerance=1e-5"
+            folder, sets, f"c={cs}", f"scaling={scaling}", "held_out=0.2", "seed=3", "tolerance=1e-5"
         ),
         tmp_path / "r.json",
     )
@@ -90,12 +90,12 @@ def test_sweep_and_score_are_those_of_sklearn(sets, folder, tmp_path, scaling):
     expected = [
         sklearn_scores(train[fit], labels[fit], train[held], labels[held], c, scaling) for c in cs
     ]
-    found = [row["heldout_top1"] for row in result["sweep"]]
+    found = [row["held_out_top1"] for row in result["sweep"]]
     np.testing.assert_allclose(found, expected, atol=1e-9)
     assert min(expected) < 100  # the images are not too easy to tell
     chosen = cs[int(np.argmax(expected))]  # the first, so the smallest, among equals
     assert result["protocol"]["c"] == chosen
-    assert result["metrics"]["heldout_top1"] == max(found)
+    assert result["metrics"]["held_out_top1"] == max(found)
     assert result["metrics"]["logreg_top1"] == pytest.approx(
         sklearn_scores(train, labels, test, truth, chosen, scaling)
     )
@@ -117,14 +117,14 @@ def test_one_c_needs_no_choice(sets, tmp_path, capsys):
     assert result["sweep"] == []
     assert result["protocol"]["c"] == 0.01
     assert result["protocol"]["c_chosen_on"] == "not chosen"
-    assert "heldout_top1" not in result["metrics"]
+    assert "held_out_top1" not in result["metrics"]
     assert not [note for note in result["notes"] if "smallest" in note or "largest" in note]
     assert "with c = 0.01" in capsys.readouterr().out
 
 
 def test_json_and_table_say_how_the_numbers_came_about(sets, folder, tmp_path, capsys):
     (sets[0] / "ant" / "0.png").write_bytes(b"broken")
-    result = run(command(folder, sets, "c=[1, 0.1, 1]", "holdout=0.1"), tmp_path / "deep/r.json")
+    result = run(command(folder, sets, "c=[1, 0.1, 1]", "held_out=0.1"), tmp_path / "deep/r.json")
     protocol = result["protocol"]
     assert protocol["scaling"] == "standard"
     assert protocol["c_tried"] == [0.1, 1.0]
@@ -145,7 +145,7 @@ def test_json_and_table_say_how_the_numbers_came_about(sets, folder, tmp_path, c
 @pytest.mark.parametrize(("cs", "edge"), [("[1e-8, 1e-7]", "smallest"), ("[1e-9, 1]", "largest")])
 def test_a_choice_at_the_edge_is_noted(sets, folder, tmp_path, cs, edge):
     """Among useless values the smallest wins; a useful one at the end wins, and more may help."""
-    result = run(command(folder, sets, f"c={cs}", "holdout=0.3"), tmp_path / "r.json")
+    result = run(command(folder, sets, f"c={cs}", "held_out=0.3"), tmp_path / "r.json")
     assert any(f"is the {edge} that was tried" in note for note in result["notes"])
 
 
@@ -200,7 +200,7 @@ def test_mistakes_are_named(sets, folder, tmp_path):
         logreg.main(command("runs/none", sets))
     with pytest.raises(ConfigError, match=r"output: .* is a folder"):
         logreg.main(command("pixels", sets, f"output={tmp_path}"))
-    for word in ("c=0", "c=[]", "c=[1, -1]", "holdout=0", "holdout=0.6", "scaling=max", "seed=-1"):
+    for word in ("c=0", "c=[]", "c=[1, -1]", "held_out=0", "held_out=0.6", "scaling=max", "seed=-1"):
         with pytest.raises(ConfigError, match=word.partition("=")[0]):
             logreg.main(command("pixels", sets, word))
 
