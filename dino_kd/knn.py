@@ -131,9 +131,7 @@ def _best_classes(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_others(
-    features: Tensor, k: int, *, search: Search = search
-) -> tuple[Tensor, Tensor]:
+def search_others(features: Tensor, k: int, *, search: Search = search) -> tuple[Tensor, Tensor]:
     """The k most similar other rows of every row of one set: itself left out by its index.
 
     Copies of a row stay among its neighbours, also those that stand before it.
