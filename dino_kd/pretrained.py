@@ -379,6 +379,7 @@ def _load_torchvision(rest: str, img_size: int | Sequence[int] | None) -> Backbo
     else:
         state = _download_torchvision(name)
     config = timm.get_pretrained_cfg(PREFIX + name)
+    assert config is not None  # registered with one
     size = config.input_size[1:]
     is_vit = name.startswith("vit_")
     backbone = create_backbone(
@@ -405,8 +406,10 @@ def _read_torchvision_file(path: Path, source: str) -> Mapping[str, Tensor]:
         )
     state = _read_weights(path)
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        found = f"a mapping of {_some(list(map(str, state)))}" if isinstance(state, Mapping) else (
-            type(state).__name__
+        found = (
+            f"a mapping of {_some(list(map(str, state)))}"
+            if isinstance(state, Mapping)
+            else (type(state).__name__)
         )
         raise CheckpointError(
             f"{path} is no state dict, which maps names to tensors (found {found}); save "

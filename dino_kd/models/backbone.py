@@ -385,9 +385,9 @@ def _patch_size(net: nn.Module) -> int | None:
     sides = getattr(embed, "patch_size", None)
     if sides is None:
         return None
-    if hasattr(embed, "feature_ratio"):  # hybrids count patches in pixels of their CNN's map
-        sides = [side * ratio for side, ratio in zip(as_size(sides), embed.feature_ratio)]
     sides = as_size(sides)
+    ratio = getattr(embed, "feature_ratio", (1, 1))  # hybrids count in pixels of their CNN's map
+    sides = (sides[0] * ratio[0], sides[1] * ratio[1])
     return sides[0] if sides[0] == sides[1] else None
 
 

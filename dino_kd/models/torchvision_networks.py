@@ -178,7 +178,10 @@ class TorchvisionViT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.network = _build(name, num_classes, image_size=height, **kwargs)
+        try:
+            self.network = _build(name, num_classes, image_size=height, **kwargs)
+        except AssertionError:  # patches do not tile it, which `Backbone` says better
+            self.network = _build(name, num_classes, **kwargs)
         side = self.network.patch_size
         self.first_conv = _INSIDE + _adapt_first_conv(self.network, in_chans)
         self.num_classes = 0
@@ -186,8 +189,9 @@ class TorchvisionViT(nn.Module):
         self.classifier_name = self.network.classifier_name  # torchvision's
         self.patch_embed = SimpleNamespace(patch_size=(side, side))
         self.grid = (height // side, width // side)
-        if height != width:
-            positions = torch.empty(1, 1 + self.grid[0] * self.grid[1], self.num_features)
+        length = 1 + self.grid[0] * self.grid[1]
+        if self.network.encoder.pos_embedding.shape[1] != length:  # torchvision's is square
+            positions = torch.empty(1, length, self.num_features)
             self.network.encoder.pos_embedding = nn.Parameter(positions.normal_(std=0.02))
         self.feature_info = [
             {"module": f"{_INSIDE}encoder.layers.{block}", "reduction": side}
@@ -246,7 +250,7 @@ class TorchvisionViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's description of the layers: stem, blocks, the final norm with the last block."""
         return {
-            "stem": r"^network\.(class_token|conv_proj|encoder\.pos_embedding)",
+            "stem": r"^network\.(?:class_token|conv_proj|encoder\.pos_embedding)",
             "blocks": [
                 (r"^network\.encoder\.layers\.encoder_layer_(\d+)", None),
                 (r"^network\.encoder\.ln", (99999,)),
@@ -411,7 +415,7 @@ def register(name: str) -> None:
     kind = TorchvisionViT if name.startswith("vit_") else TorchvisionNetwork
 
     def make(pretrained: bool = False, **kwargs: Any) -> Any:
-        net = build_model_with_cfg(kind, PREFIX + name, pretrained, name=name, **kwargs)
+        net: Any = build_model_with_cfg(kind, PREFIX + name, pretrained, name=name, **kwargs)
         net.pretrained_cfg["first_conv"] = net.first_conv
         return net
 
