@@ -57,6 +57,7 @@ setup(
         "pydantic>=2.5",
         "safetensors>=0.4",
         "scikit-learn>=1.3",
+        "submitit>=1.5",
         "timm>=1.0.16",  # the first that reads local-dir:,
         "torch>=2.6",
         "torchvision>=0.21",

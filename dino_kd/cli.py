@@ -34,6 +34,7 @@ COMMANDS = {
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
     "evaluate": Command("eval.suite", "all standard scores of a backbone in one table"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
+    "launch": Command("launch.slurm", "run a command as a job, on Slurm or on processes here"),
 }
 
 
@@ -94,7 +95,7 @@ def _dispatch(argv: list[str]) -> int | None:
         raise ConfigError(f"no command given\n{_help()}")
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    if {"-h", "--help"} & set(rest):
+    if {"-h", "--help"} & set(rest) and name != "launch":  # which has commands of its own
         return _print_quietly(_command_help(name))
     return load_command(COMMANDS[name].module)(rest)
 

@@ -14,6 +14,7 @@ from dino_kd.schema.evaluators import (
     KnnConfig,
     LabelledSettings,
 )
+from dino_kd.schema.launch import LaunchConfig, PipelineConfig, SlurmSettings, StageSettings
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
@@ -40,12 +41,16 @@ __all__ = [
     "InWords",
     "KnnConfig",
     "LabelledSettings",
+    "LaunchConfig",
     "LogSettings",
     "ModelSettings",
     "MonitorSettings",
     "OptimSettings",
+    "PipelineConfig",
     "PretrainConfig",
     "Settings",
+    "SlurmSettings",
+    "StageSettings",
     "TeacherSettings",
 ]
 
@@ -53,4 +58,5 @@ COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
+    "launch": LaunchConfig,
 }
