@@ -136,7 +136,7 @@ def _short(path: str) -> str:
 
 def help_text() -> str:
     """`dino-kd launch --help`."""
-    return f"""usage: dino-kd launch COMMAND [CONFIG] [a.b=c ...] [slurm.x=y ...] [--local] [--dry-run] [--check]
+    return f"""usage: dino-kd launch COMMAND [CONFIG] [a.b=c ...] [slurm.x=y ...]
        dino-kd launch sweep COMMAND [CONFIG] [a.b=c ...] grid.a.b=[1, 2] | --points FILE
        dino-kd launch eval RUN [a.b=c ...] [--after]
        dino-kd launch pipeline FILE [folder=...] [slurm.x=y ...] [--local]

@@ -33,8 +33,10 @@ def plan_evaluation(words: Words, slurm: SlurmSettings) -> Plan:
         plan = plan_job(COMMAND, [str(run.absolute()), *rest], slurm)
     if "--after" in words.flags:
         named = words.flags["--after"]
-        ids = job_ids(named) if named else ([trained.job_id] if _is_waited_for(trained) else [])
-        plan.job.after.extend(ids)
+        if named:
+            plan.job.after.extend(job_ids(named))
+        elif trained is not None and _is_waited_for(trained):
+            plan.job.after.append(trained.job_id)
     return plan
 
 
@@ -56,9 +58,9 @@ def _plan_of_sweep(trained: Job, run: Path, words: list[str], slurm: SlurmSettin
     return Plan(job, slurm, configs)
 
 
-def _is_waited_for(trained: Job | None) -> bool:
+def _is_waited_for(trained: Job) -> bool:
     """Whether the run's job is still to succeed. Raises UserError when it has failed."""
-    if trained is None or trained.place != "slurm":
+    if trained.place != "slurm":
         return False
     rows = cluster.queue(trained.job_id)
     if any(row.is_live for row in rows):

@@ -1,7 +1,7 @@
 """A job as it stands on disk: which commands it runs, and where its files are.
 
     JOB_DIR/job.json      what was submitted        JOB_DIR/slurm.log   output of all lives
-    JOB_DIR/job.sbatch    the batch file            JOB_DIR/lives       one line at each life's start
+    JOB_DIR/job.sbatch    the batch file            JOB_DIR/lives       a line at each life's start
     JOB_DIR/code/         the code as it was        JOB_DIR/outcome     done, interrupted, failed
 
 The points of a sweep are numbered: slurm_0.log, lives_0, outcome_0.

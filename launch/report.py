@@ -1,4 +1,4 @@
-"""`dino-kd launch status` and `logs`: what jobs do, from squeue first, then from their own files."""
+"""`dino-kd launch status` and `logs`: what jobs do, by squeue, then by their own files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def job_table(job: Job) -> str:
     """A job's head line and one row for each of its points."""
     rows, note = _queue_rows(job)
     titles = ["point", "settings", "state", "restarts", "step", "loss", "last line"]
-    cells = [_row(job, number, rows) for number in range(len(job.points))]
+    cells = [_row(job, number, rows, note) for number in range(len(job.points))]
     if not job.is_array:
         titles, cells = [t for t in titles if t != "settings"], [[c[0], *c[2:]] for c in cells]
     widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
@@ -54,12 +54,14 @@ def _queue_rows(job: Job) -> tuple[dict[int, QueueRow], str]:
     return {int(row.job.partition("_")[2] or 0) if job.is_array else 0: row for row in rows}, ""
 
 
-def _row(job: Job, number: int, rows: dict[int, QueueRow]) -> list[str]:
+def _row(job: Job, number: int, rows: dict[int, QueueRow], note: str) -> list[str]:
     point, lives = job.points[number], job.lives(number)
     settings = " ".join(f"{k.rpartition('.')[2]}={v}" for k, v in point.settings.items())
     step, loss = _progress(Path(point.folder))
     last = _last_line(job.path("slurm.log", number))
     state = state_in_words(job, number, rows.get(number), bool(lives))
+    if note and not job.outcome(number):
+        state = "unknown"
     restarts = max(0, len(lives) - 1)
     return [point.name, settings, state, str(restarts), step, loss, last]
 
@@ -87,7 +89,7 @@ def state_in_words(job: Job, number: int, row: QueueRow | None, has_started: boo
         return "running" if has_started else "waiting: its turn comes"
     if row is not None:
         return row.state.lower()
-    return f"gone from the queue, {outcome or 'killed'}" if has_started else "gone from the queue"
+    return outcome or "gone from the queue"
 
 
 def _progress(folder: Path) -> tuple[str, str]:

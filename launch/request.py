@@ -1,4 +1,4 @@
-"""From the words of the command line to a job on paper; every mistake is found here, unsubmitted."""
+"""From the words of the command line to a job on paper; mistakes are found before the start."""
 
 from __future__ import annotations
 
