@@ -145,6 +145,11 @@ def _refuse_eternal_waiting(job: Job) -> None:
     """Take a job back that Slurm accepts and will never start."""
     for _ in range(5):
         rows = cluster.queue(job.job_id)
+        if rows and job.after and all(row.state == "CANCELLED" for row in rows):
+            raise UserError(
+                f"job {job.job_id} will never start: {cluster.NEVER['DependencyNeverSatisfied']} "
+                f"(--after {','.join(job.after)}); Slurm took it back"
+            )
         reasons = {row.reason for row in rows if row.state == "PENDING"}
         if never := reasons & set(cluster.NEVER):
             cluster.ask(["scancel", job.job_id])

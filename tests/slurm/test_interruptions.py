@@ -4,9 +4,11 @@ against the same run left alone: bit-equal weights, every step exactly once."""
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,15 +112,12 @@ def test_every_interruption_loses_nothing(
         conf.write_text(f"{stock}{line}\n")
         tool("scontrol", "reconfigure")
 
-    def time_limit() -> None:
-        minutes = 2 + int(tool("squeue", "-h", "-j", run.job, "-o", "%M").split(":")[-2])
-        tool("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
-
     def node_down() -> None:
         name = "NodeName=127.0.0.2"
         tool("scontrol", "update", name, "State=DOWN", "Reason=test")
         wait_for(lambda: state_of(run.job) == "PENDING", why=run.log)
-        tool("scontrol", "update", name, "State=RESUME")
+        # it may be back already: it registers again by itself
+        subprocess.run(["scontrol", "update", name, "State=RESUME"], check=False)
 
     def without_grace() -> None:
         tool("scontrol", "update", "PartitionName=main", "GraceTime=0")
@@ -130,7 +129,6 @@ def test_every_interruption_loses_nothing(
         preempt()
 
     interruptions: list[Callable[[], object]] = [
-        time_limit,
         preempt,  # with a grace time
         node_down,
         lambda: tool("scontrol", "requeue", run.job),
@@ -142,7 +140,6 @@ def test_every_interruption_loses_nothing(
         run.wait_for_steps(life)
         interrupt()
         wait_for(lambda: run.life() > life, 120, run.log)  # noqa: B023
-        tool("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     reconfigure("")
     run.wait_for_end("COMPLETED")
     stopped, resumed = run.stops_and_resumes()
@@ -150,6 +147,49 @@ def test_every_interruption_loses_nothing(
     assert stopped == resumed  # steps computed twice: 0
     assert_bit_equal(run.run_dir, alone)
     assert f"life {len(interruptions)} of job {run.job}" in run.log()
+
+
+@pytest.mark.slow
+def test_the_real_time_limit_loses_nothing(
+    launch: Callable[..., str], images: Path, tmp_path: Path
+) -> None:
+    """Two lives of 2 minutes, warned 60 s before their end (signals come up to 60 s early)."""
+    length = 2000
+    words = [*recipe(images, length), "log.save_every=10000", "slurm.time=2", "slurm.warn=30"]
+    run = Run(launch, tmp_path / "run", words)
+    wait_for(lambda: run.life() >= 1, 200, run.log)
+    wait_for(lambda: state_of(run.job) == "COMPLETED", 1200, run.log)
+    stopped, resumed = run.stops_and_resumes()
+    assert len(stopped) >= 1
+    assert stopped == resumed
+    assert [row["step"] for row in read_metrics(run.run_dir)] == list(range(1, length + 1))
+
+
+@pytest.mark.slow
+def test_twenty_random_interruptions_leave_no_trace(
+    launch: Callable[..., str], images: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Each at a random moment, the start and the save of a life included; against the run alone."""
+    words = [*recipe(images, LENGTH), "log.save_every=10000", "slurm.max_restarts=1000"]
+    run = Run(launch, tmp_path / "run", words)
+    draw = random.Random(0)
+    kinds: list[Callable[[], object]] = [
+        preempt,
+        lambda: tool("scontrol", "requeue", run.job),
+        lambda: tool("scancel", "--batch", "--signal=USR2", run.job),
+    ]
+    life = 0
+    for _ in range(20):
+        wait_for(lambda: run.life() >= life, why=run.log)  # noqa: B023
+        time.sleep(draw.uniform(0, 14))
+        assert state_of(run.job) != "COMPLETED", "too few steps for twenty interruptions"
+        life = run.life() + 1
+        draw.choice(kinds)()
+        wait_for(lambda: run.life() >= life, 150, run.log)  # noqa: B023
+    run.wait_for_end("COMPLETED")
+    stopped, resumed = run.stops_and_resumes()
+    assert stopped[-len(resumed) :] == resumed or len(resumed) >= len(stopped)
+    assert_bit_equal(run.run_dir, alone)
 
 
 def test_cancel_restart_limit_and_a_hung_rank(
