@@ -136,6 +136,7 @@ def batch_file(job: Job, slurm: SlurmSettings) -> str:
         grace=grace_seconds(slurm),
         exclude_failed=slurm.exclude_failed,
         nodes=slurm.nodes,
+        exclude=f"{slurm.exclude}," if slurm.exclude else "",
         setup="\n".join(slurm.setup) or ":",
         run=f'{python} -u {start} "$$job_dir" "$$point"'.replace("$$", "$"),
         cpus=cpus,
@@ -252,12 +253,16 @@ if [ "$$life" -ge $$max_restarts ]; then
     echo "failed restart limit reached" >"$$outcome_file"
     exit 1
 fi
-failed=$$(sort -u "$$job_dir/failed_nodes" 2>/dev/null | head -n $exclude_failed | paste -sd,)
+failed=$$(sort -u "$$job_dir/failed_nodes" 2>/dev/null | head -n $exclude_failed)
+left=$$(sinfo -h -N -p "$$SLURM_JOB_PARTITION" -o %N | sort -u | grep -vcxF "$${failed:-none}")
+[ "$$left" -ge $nodes ] || failed=''   # better a node that failed than none
+failed=$$(printf '%s' "$$failed" | paste -sd,)
 say "requeue after $${outcome:-no answer}"
 for attempt in 1 2 3 4 5; do
     if [ -n "$$failed" ]; then
         say "avoiding $$failed from now on"
-        scontrol requeuehold "$$id" && scontrol update "JobId=$$id" "ExcNodeList=$$failed" &&
+        excluded=$exclude$$failed
+        scontrol requeuehold "$$id" && scontrol update "JobId=$$id" "ExcNodeList=$$excluded" &&
             scontrol release "$$id" && exit 0
         scontrol release "$$id" 2>/dev/null && exit 0
     fi

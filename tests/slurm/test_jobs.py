@@ -33,7 +33,7 @@ def test_the_production_request_runs_16_ranks(launch: Launch, images: Path, tmp_
     launch("pretrain", *words, *ask)
     job = load_job(tmp_path / "r" / "launch")
     shown = tool("scontrol", "show", "job", job.job_id)
-    assert re.search(r"NumNodes=2 NumCPUs=(160|192) NumTasks=16 CPUs/Task=10", shown), shown
+    assert re.search(r"NumNodes=2(-2)? NumCPUs=(160|192) NumTasks=16 CPUs/Task=10", shown), shown
     assert "TresPerNode=gres:gpu:8" in shown
     log = job.path("slurm.log")
     wait_for(lambda: ended(job.job_id), 400, lambda: log.read_text() if log.is_file() else shown)
@@ -203,6 +203,27 @@ def test_a_disk_that_fills_up_fails_the_job_in_words(
     wait_for(lambda: ended(job.job_id))
     assert state_of(job.job_id) == "FAILED"
     assert "the disk is full" in launch("status", "r")
+
+
+@pytest.mark.slow
+def test_a_node_that_failed_is_avoided(launch: Launch, images: Path, tmp_path: Path) -> None:
+    """Down in life 0, known in life 1, left out from life 2 on although it is back."""
+    launch("pretrain", *quick(images, 3000), "run_dir=r")
+    job = load_job(tmp_path / "r" / "launch")
+    wait_for(lambda: (tmp_path / "r" / "metrics.jsonl").exists())
+    node = job.lives()[0]["nodes"]
+    tool("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    wait_for(lambda: len(job.lives()) == 2)
+    wait_for(lambda: (job.job_dir / "failed_nodes").is_file())
+    assert (job.job_dir / "failed_nodes").read_text().split() == [node]
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
+    wait_for(lambda: job.path("slurm.log").read_text().count("resuming") == 1)
+    launch("requeue", "r")
+    wait_for(lambda: len(job.lives()) == 3)
+    assert f"ExcNodeList={node}" in tool("scontrol", "show", "job", job.job_id)
+    assert job.lives()[2]["nodes"] != node
+    launch("cancel", "r")
+    wait_for(lambda: ended(job.job_id))
 
 
 @pytest.mark.slow
