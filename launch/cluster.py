@@ -149,6 +149,7 @@ def explain(tool: str, words: str) -> str:
         "Invalid account": "look at slurm.account and slurm.qos",
         "Invalid qos": "look at slurm.qos",
         "invalid partition": "look at slurm.partition; `sinfo` lists them",
+        "Invalid feature": "look at slurm.constraint; `sinfo -o '%P %f'` lists the features",
         "unrecognized option": "look at slurm.extra",
     }
     hint = next((advice[part] for part in advice if part.lower() in text.lower()), "")

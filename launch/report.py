@@ -111,7 +111,7 @@ def _last_line(path: Path) -> str:
     lines = [line for line in _tail(path) if line.strip()] if path.is_file() else []
     errors = [line for line in lines if re.match(r"\s*\d+: error: ", line)]
     chosen = errors[-1:] if errors and "failed" in lines[-1] else lines[-1:]
-    return chosen[0].strip()[:110] if chosen else "-"
+    return chosen[0].strip()[:200] if chosen else "-"
 
 
 def _tail(path: Path, size: int = 16384) -> list[str]:

@@ -67,7 +67,7 @@ def test_a_sweep_with_a_failing_point_and_its_evaluation(
     assert 1 <= max(running) <= 3
     table = launch("status", "s").splitlines()
     rows = {line.split()[0]: line for line in table if re.match(r"\d  batch_size=", line)}
-    assert sum(bool(re.search(r"batch_size=\d+  done ", line)) for line in table) == 10
+    assert sum(bool(re.search(r"batch_size=\d+ +done ", line)) for line in table) == 10
     failed = [line for line in table if "batch_size=64" in line]
     assert "failed, exit code 2" in failed[0]
     assert "fewer than one batch of 64" in failed[0]
@@ -120,6 +120,7 @@ def test_by_hand_the_batch_file_does_the_same(launch: Launch, images: Path, tmp_
     assert (tmp_path / "r" / "launch" / "job.sbatch").read_text() in text
     assert "optim:" in text
     launch("cancel", "r")
+    wait_for(lambda: tool("squeue", "-h") == "")
 
 
 @pytest.mark.parametrize(
