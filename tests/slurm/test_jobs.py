@@ -70,13 +70,13 @@ def test_a_sweep_with_a_failing_point_and_its_evaluation(
     assert sum(bool(re.search(r"batch_size=\d+ +done ", line)) for line in table) == 10
     failed = [line for line in table if "batch_size=64" in line]
     assert "failed, exit code 2" in failed[0]
-    assert "fewer than one batch of 64" in failed[0]
+    assert "fewer than optim.batch_size=64" in failed[0]
     assert "cancelled before its start" in failed[1]
     assert len(rows) == 6
     for number in (0, 1, 2, 4, 5):
         assert (tmp_path / "s" / str(number) / "eval" / "suite_teacher.json").is_file()
     assert not (tmp_path / "s" / "3" / "eval").exists()
-    assert "fewer than one batch of 64" in launch("logs", "s/launch", "--point", "3")
+    assert "fewer than optim.batch_size=64" in launch("logs", "s/launch", "--point", "3")
     assert "choose with --point, one of 0, 1, 2" in launch("logs", "s/launch", code=2)
 
 
