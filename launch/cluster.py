@@ -18,6 +18,7 @@ SECONDS_TO_ANSWER = 90  # Slurm's clients retry by themselves before they give u
 
 # Pending reasons, https://slurm.schedmd.com/job_reason_codes.html, in words
 REASONS = {
+    "None": "Slurm has not looked at it yet",
     "Priority": "other jobs come first",
     "Resources": "waits for free nodes",
     "BeginTime": "waits a moment after its requeue",

@@ -108,7 +108,8 @@ def _progress(folder: Path) -> tuple[str, str]:
 
 
 def _last_line(path: Path) -> str:
-    lines = [line for line in _tail(path) if line.strip()] if path.is_file() else []
+    said = _tail(path) if path.is_file() else []
+    lines = [line for line in said if not re.fullmatch(r"\s*(\d+:)?\s*", line)]
     errors = [line for line in lines if re.match(r"\s*\d+: error: ", line)]
     chosen = errors[-1:] if errors and "failed" in lines[-1] else lines[-1:]
     return chosen[0].strip()[:200] if chosen else "-"
