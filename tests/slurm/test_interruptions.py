@@ -244,7 +244,7 @@ def test_cancel_restart_limit_and_a_hung_rank(
 
 @contextlib.contextmanager
 def hanging(pid: int) -> Iterator[None]:
-    """Hold a process still; again and again, for Slurm wakes stopped processes before it ends them."""
+    """Hold a process still, again and again: Slurm wakes stopped processes to end them."""
     over = threading.Event()
 
     def hold() -> None:
