@@ -66,7 +66,7 @@ def test_a_sweep_with_a_failing_point_and_its_evaluation(
     wait_for(over, 400, lambda: launch("status", "s"))
     assert 1 <= max(running) <= 3
     table = launch("status", "s").splitlines()
-    rows = {line.split()[0]: line for line in table if re.match(r"\d  batch_size=", line)}
+    rows = {line.split()[0]: line for line in table if re.match(r"\d +batch_size=", line)}
     assert sum(bool(re.search(r"batch_size=\d+ +done ", line)) for line in table) == 10
     failed = [line for line in table if "batch_size=64" in line]
     assert "failed, exit code 2" in failed[0]
