@@ -65,6 +65,7 @@ setup(
         "safetensors>=0.4",
         "scikit-learn>=1.3",
         "scipy>=1.9",
+        "submitit>=1.5",
         "timm>=1.0.16",  # the first that reads local-dir:,
         "torch>=2.6",
         "torchvision>=0.21",

@@ -46,6 +46,7 @@ COMMANDS = {
     "video": Command("eval.video", "follow objects through videos (DAVIS)"),
     "logreg": Command("eval.logreg", "score a backbone by logistic regression on its features"),
     "fewshot": Command("eval.fewshot", "score a backbone by classifiers that see a few labels"),
+    "launch": Command("launch.slurm", "run a command as a job, on Slurm or on processes here"),
 }
 
 
@@ -106,7 +107,7 @@ def _dispatch(argv: list[str]) -> int | None:
         raise ConfigError(f"no command given\n{_help()}")
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    if {"-h", "--help"} & set(rest):
+    if {"-h", "--help"} & set(rest) and name != "launch":  # which has commands of its own
         return _print_quietly(_command_help(name))
     return load_command(COMMANDS[name].module)(rest)
 

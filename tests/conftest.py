@@ -23,8 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             _skip(items, "gpu", "needs a CUDA device")
-    if shutil.which("sbatch") is None:
-        _skip(items, "slurm", "needs a Slurm cluster")
+    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+        reason = "needs Slurm: apt-get install slurmctld slurmd slurm-client munge"
+        _skip(items, "slurm", reason)
     if not any(map(shutil.which, BROWSERS)):
         _skip(items, "browser", f"needs one of {', '.join(BROWSERS)}")
 

@@ -62,7 +62,7 @@ SIDEWAYS = {
 # `python -m X` ends in the same error handling as `dino-kd`: one import below `__main__`.
 RUNS_AS_SCRIPT = {
     command.module for command in COMMANDS.values() if not command.module.startswith("dino_kd.")
-}
+} | {"launch.local"}
 
 
 def module_name(file: Path) -> str:

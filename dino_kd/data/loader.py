@@ -5,6 +5,7 @@ What a batch holds follows from (seed, step) alone, so ranks, workers and a resu
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -333,7 +334,8 @@ def _run(
         generator=torch.Generator(),  # else each loader draws a seed from the training's generator
         **workers,
     )
-    batches = iter(loader)
+    with _signals_blocked():  # workers inherit this for ever, from their first instruction on
+        batches = iter(loader)
     try:
         while True:
             try:
@@ -351,6 +353,23 @@ def _run(
 
 def _as_made(batch: Any) -> Any:
     return batch
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Hold back what a cluster sends to every process of a job, for processes started in here.
+
+    A worker that a signal ends between its fork and `_set_up_worker` would end the run in error.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    numbers = [getattr(signal, name) for name in _IGNORED_SIGNALS]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _set_up_worker(worker: int) -> None:

@@ -151,7 +151,7 @@ def fit(
     Raises:
         Diverged: `max_bad_steps` non-finite steps in a row.
     """
-    module = _data_parallel(task) if is_grouped() else task
+    module = _data_parallel(task, options.device) if is_grouped() else task
     clock = _Clock()
     for step in range(progress.step, options.total_steps):
         done = step + 1
@@ -198,12 +198,19 @@ def fit(
     return progress
 
 
-def _data_parallel(task: nn.Module) -> nn.Module:
-    """Gradients are averaged; buffers stay each task's own business."""
+def _data_parallel(task: nn.Module, device: torch.device) -> nn.Module:
+    """Gradients are averaged; buffers stay each task's own business.
+
+    After its first step DDP sorts gradients into new buckets, which changes the order in which
+    more than two ranks are summed: a resumed run then differs in the last bits of that step. With
+    `find_unused_parameters` it keeps its buckets, so that on a CPU a resume is exact.
+    """
     with warnings.catch_warnings():
         # torch 2.15 announces another name for the argument, which older versions do not know
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        return DistributedDataParallel(task, broadcast_buffers=False)
+        return DistributedDataParallel(
+            task, broadcast_buffers=False, find_unused_parameters=device.type == "cpu"
+        )
 
 
 def step_seed(seed: int, step: int, rank_number: int) -> int:

@@ -18,6 +18,7 @@ from dino_kd.schema.evaluators import (
 )
 from dino_kd.schema.few_labels import FewshotConfig, LogregConfig
 from dino_kd.schema.finetune import AugmentSettings, FinetuneConfig, FinetuneOptimSettings
+from dino_kd.schema.launch import LaunchConfig, PipelineConfig, SlurmSettings, StageSettings
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
@@ -61,19 +62,23 @@ __all__ = [
     "InWords",
     "KnnConfig",
     "LabelledSettings",
+    "LaunchConfig",
     "LinearConfig",
     "LogSettings",
     "LogregConfig",
     "ModelSettings",
     "MonitorSettings",
     "OptimSettings",
+    "PipelineConfig",
     "PretrainConfig",
     "QualityConfig",
     "RetrievalConfig",
     "RunSettings",
     "SearchConfig",
     "Settings",
+    "SlurmSettings",
     "SourceSettings",
+    "StageSettings",
     "TeacherSettings",
     "VideoConfig",
     "VisualizeConfig",
@@ -95,4 +100,5 @@ COMMANDS: dict[str, type[Settings]] = {
     "video": VideoConfig,
     "logreg": LogregConfig,
     "fewshot": FewshotConfig,
+    "launch": LaunchConfig,
 }
