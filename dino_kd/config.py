@@ -431,7 +431,7 @@ def settings_page() -> str:
     """The text of docs/config.md."""
     parts = [
         "# Settings\n\n"
-        "Generated from `dino_kd/schema.py` by `make docs`; edit the schema, not this page.\n\n"
+        "Generated from `dino_kd/schema/` by `make docs`; edit the schema, not this page.\n\n"
         "Every command takes `[CONFIG] a.b=c ...`: a YAML file, a run directory or a packaged\n"
         "name, and settings that win over it. `a.b=` means none. Sections of a YAML file are the\n"
         "parts of the dotted names.\n"
