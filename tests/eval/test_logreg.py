@@ -78,7 +78,13 @@ def test_sweep_and_score_are_those_of_sklearn(sets, folder, tmp_path, scaling):
     cs = [0.01, 0.1, 1.0, 10.0]
     result = run(
         command(
-            folder, sets, f"c={cs}", f"scaling={scaling}", "held_out=0.2", "seed=3", "tolerance=1e-5"
+            folder,
+            sets,
+            f"c={cs}",
+            f"scaling={scaling}",
+            "held_out=0.2",
+            "seed=3",
+            "tolerance=1e-5",
         ),
         tmp_path / "r.json",
     )
@@ -200,7 +206,15 @@ def test_mistakes_are_named(sets, folder, tmp_path):
         logreg.main(command("runs/none", sets))
     with pytest.raises(ConfigError, match=r"output: .* is a folder"):
         logreg.main(command("pixels", sets, f"output={tmp_path}"))
-    for word in ("c=0", "c=[]", "c=[1, -1]", "held_out=0", "held_out=0.6", "scaling=max", "seed=-1"):
+    for word in (
+        "c=0",
+        "c=[]",
+        "c=[1, -1]",
+        "held_out=0",
+        "held_out=0.6",
+        "scaling=max",
+        "seed=-1",
+    ):
         with pytest.raises(ConfigError, match=word.partition("=")[0]):
             logreg.main(command("pixels", sets, word))
 
