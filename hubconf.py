@@ -18,8 +18,8 @@ def backbone(
     """Load a backbone in eval mode: images ``[N, C, H, W]``, normalised, to features ``[N, D]``.
 
     Args:
-        source: run directory, folder in timm's format, 'timm:NAME', 'random:NAME', or a DINO /
-            DINOv2 checkpoint file.
+        source: run directory, folder in timm's format, 'timm:NAME', 'torchvision:NAME',
+            'random:NAME', or a DINO / DINOv2 checkpoint file.
         branch: "teacher", "student" or "untrained" of a run directory.
         img_size: pixels, one side or (height, width); None: as it was trained.
         device: where to put it.

@@ -28,6 +28,13 @@ from dino_kd.errors import CheckpointError, ConfigError, UserError, unknown_name
 from dino_kd.files import write_json, write_tensors
 from dino_kd.models.backbone import Backbone, as_size, create_backbone
 from dino_kd.models.dino_weights import choose_branch, read_dino_weights
+from dino_kd.models.torchvision_networks import (
+    PREFIX,
+    default_weights,
+    read_torchvision_weights,
+    torchvision_names,
+    trained_size,
+)
 from dino_kd.schema import CropSettings, DataSettings, ModelSettings, PretrainConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -38,7 +45,8 @@ _CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _BRANCHES = ("teacher", "student", "untrained")
 _ACCEPTED = (
     "a run directory, a folder with config.json and model.safetensors ('local-dir:PATH'), "
-    "'timm:NAME', 'random:NAME', or a DINO / DINOv2 checkpoint file (.pth, .pt, .safetensors)"
+    "'timm:NAME', 'torchvision:NAME', 'torchvision:NAME:FILE', 'random:NAME', "
+    "'random:torchvision/NAME', or a DINO / DINOv2 checkpoint file (.pth, .pt, .safetensors)"
 )
 
 
@@ -53,8 +61,10 @@ def load_backbone(
 
     Args:
         source: a run directory; a folder in timm's format, also as ``local-dir:PATH``;
-            ``timm:NAME`` (timm's weights, may download); ``random:NAME`` (random weights, seed 0);
-            a checkpoint file of DINO or DINOv2.
+            ``timm:NAME`` (timm's weights, may download); ``torchvision:NAME`` (torchvision's
+            network and default weights, may download); ``torchvision:NAME:FILE`` (weights from
+            torchvision's state dict); ``random:NAME`` and ``random:torchvision/NAME`` (random
+            weights, seed 0); a checkpoint file of DINO or DINOv2.
         branch: "teacher" or "student" of a run or a full training checkpoint; "untrained" is the
             network a run started from.
         img_size: pixels, one side or (height, width); position embeddings are resampled, those of
@@ -70,9 +80,10 @@ def load_backbone(
     text = str(source)
     kind, _, rest = text.partition(":")
     path = Path(rest if kind == "local-dir" else text).expanduser()
-    if kind in ("timm", "random"):
+    named = {"timm": _load_timm, "torchvision": _load_torchvision, "random": _random}
+    if kind in named:
         _only_one_network(text, branch)
-        backbone = _load_timm(rest, img_size) if kind == "timm" else _random(rest, img_size)
+        backbone = named[kind](rest, img_size)
     elif path.is_dir() and kind != "local-dir" and (path / "config.yaml").is_file():
         backbone = _load_run(path, branch)
     elif path.is_dir():
@@ -81,7 +92,9 @@ def load_backbone(
     elif path.is_file():
         backbone = _load_file(path, branch, img_size)
     else:
-        hint = f"; did you mean 'timm:{text}'?" if timm.is_model(text) else "."
+        known = {"timm": timm.is_model(text), "torchvision": text in torchvision_names()}
+        near = [repr(f"{kind}:{text}") for kind, has in known.items() if has]
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise CheckpointError(f"no backbone at {text!r}{hint} Accepted: {_ACCEPTED}.")
     if img_size is not None:
         backbone.resize(img_size)
@@ -351,7 +364,84 @@ def _load_timm(name: str, img_size: int | Sequence[int] | None) -> Backbone:
     return backbone
 
 
+def _load_torchvision(rest: str, img_size: int | Sequence[int] | None) -> Backbone:
+    """The network of ``NAME`` with torchvision's default weights, or of ``NAME:FILE``."""
+    name, separator, file = rest.partition(":")
+    source = f"torchvision:{rest}"
+    if not name or (separator and not file):
+        raise ConfigError(
+            f"backbone: {source!r} lacks {'a file' if name else 'a name'}; accepted are "
+            "torchvision:NAME and torchvision:NAME:FILE, such as torchvision:resnet18"
+        )
+    _check_torchvision_name(name)
+    if file:
+        state = _read_torchvision_file(Path(file).expanduser(), source)
+    else:
+        state = _download_torchvision(name)
+    config = timm.get_pretrained_cfg(PREFIX + name)
+    assert config is not None  # registered with one
+    size = config.input_size[1:]
+    is_vit = name.startswith("vit_")
+    backbone = create_backbone(
+        PREFIX + name,
+        # the positions of a ViT are resampled afterwards, from the size they are for
+        img_size=size if is_vit or img_size is None else img_size,
+        mean=config.mean,
+        std=config.std,
+    )
+    trained = trained_size(state, backbone.patch_size)
+    if is_vit and trained and (trained, trained) != backbone.img_size:
+        backbone.resize(trained)
+    weights, backbone.notes = read_torchvision_weights(state, backbone.net)
+    _load_strictly(backbone.net, weights, source, _describe(backbone))
+    return backbone
+
+
+def _read_torchvision_file(path: Path, source: str) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{source}: there is no file {str(path)!r}")
+    if path.suffix not in _CHECKPOINT_SUFFIXES:
+        raise CheckpointError(
+            f"{path} is no checkpoint file (one of {', '.join(_CHECKPOINT_SUFFIXES)})"
+        )
+    state = _read_weights(path)
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        found = (
+            f"a mapping of {_some(list(map(str, state)))}"
+            if isinstance(state, Mapping)
+            else (type(state).__name__)
+        )
+        raise CheckpointError(
+            f"{path} is no state dict, which maps names to tensors (found {found}); save "
+            "network.state_dict()"
+        )
+    return state
+
+
+def _download_torchvision(name: str) -> Mapping[str, Tensor]:
+    """torchvision's default weights, from torch's hub cache or the network."""
+    weights = default_weights(name)
+    if weights is None:
+        raise CheckpointError(
+            f"torchvision has no weights for {name!r}; 'random:torchvision/{name}' builds it "
+            "untrained"
+        )
+    try:
+        return torch.hub.load_state_dict_from_url(
+            weights.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except Exception as error:  # downloads fail in many ways; each ends here, none continues
+        raise CheckpointError(
+            f"the weights of 'torchvision:{name}' could not be loaded ({type(error).__name__}: "
+            f"{_short(error)}). Without a network connection, download {weights.url} elsewhere "
+            f"and give 'torchvision:{name}:FILE.pth'."
+        ) from error
+
+
 def _random(name: str, img_size: int | Sequence[int] | None) -> Backbone:
+    if name.startswith("torchvision/"):
+        _check_torchvision_name(name.removeprefix("torchvision/"))
+        name = PREFIX + name.removeprefix("torchvision/")
     _check_timm_name(name)
     config = timm.get_pretrained_cfg(name)
     size = img_size or (config.input_size[1:] if config is not None else 224)
@@ -363,6 +453,11 @@ def _random(name: str, img_size: int | Sequence[int] | None) -> Backbone:
 def _check_timm_name(name: str) -> None:
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models(), where="backbone")
+
+
+def _check_torchvision_name(name: str) -> None:
+    if name not in torchvision_names():
+        raise unknown_name("torchvision network", name, torchvision_names(), where="backbone")
 
 
 def _only_one_network(source: str, branch: str) -> None:

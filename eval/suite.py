@@ -257,7 +257,7 @@ def table(columns: list[Column]) -> str:
         lines.append(
             f"{title:<{width}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths, strict=True))
         )
-    notes = [note for column in columns[:1] for r in column.results.values() for note in r["notes"]]
+    notes = [f"{name}: {note}" for name, r in columns[0].results.items() for note in r["notes"]]
     return "\n".join([*lines, "", *(f"note: {note}" for note in dict.fromkeys(notes))])
 
 

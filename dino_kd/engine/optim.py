@@ -11,7 +11,16 @@ from dino_kd.errors import unknown_name
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # Positions and single tokens rather than maps; compared with the last part of the name.
-_TOKEN_NAMES = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "latent"}
+_TOKEN_NAMES = {
+    "cls_token",
+    "class_token",  # torchvision's
+    "dist_token",
+    "reg_token",
+    "mask_token",
+    "pos_embed",
+    "pos_embedding",  # torchvision's
+    "latent",
+}
 
 
 def parameter_groups(module: nn.Module, last_layer: Iterable[nn.Parameter] = ()) -> list[dict]:

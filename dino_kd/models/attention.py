@@ -120,7 +120,7 @@ def _attention_module(backbone: Backbone, block: int) -> Attention:
         raise ConfigError(
             f"block: {backbone.name} has blocks 0 to {len(blocks) - 1}, got {block}; -1 is the last"
         )
-    attention = getattr(blocks[block], "attn", None)
+    attention = getattr(blocks[block], "attn", blocks[block])
     if not isinstance(attention, Attention):
         raise UserError(
             f"{backbone.name} computes attention in its own way ({type(attention).__name__}); "

@@ -6,6 +6,7 @@ pooling, layouts, constructor arguments) is settled here, once, for everybody el
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dino_kd.errors import ConfigError, unknown_name
-from dino_kd.models import cifar_resnet  # noqa: F401  (makes resnet18_cifar known to timm)
+from dino_kd.errors import ConfigError, UserError, unknown_name
+
+# Both make their networks known to timm.
+from dino_kd.models import cifar_resnet, torchvision_networks  # noqa: F401
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -124,6 +127,8 @@ class Backbone(nn.Module):
             grid = (features.shape[2], features.shape[3])
             return features.flatten(2).transpose(1, 2), grid
         patches = features[:, self.num_prefix_tokens :]
+        if not patches.shape[1]:
+            raise UserError(f"{self.name} gives no patches beside its class token")
         return patches, self._grid(patches.shape[1], x.shape[-2], x.shape[-1])
 
     def parts(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -151,14 +156,20 @@ class Backbone(nn.Module):
 
     def _blocks(self, x: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
         """The final features, and one vector of each of the last `count` blocks, in their order."""
-        count = min(count, len(self.net.feature_info) if not self.is_vit else len(self.net.blocks))
+        known = getattr(self.net, "blocks" if self.is_vit else "feature_info", None)
+        intermediates = getattr(self.net, "forward_intermediates", None)
+        if known is None or intermediates is None:
+            raise UserError(f"{self.name} does not show its blocks; leave out block-K")
+        count = min(count, len(known))
         if not self.is_vit:
-            features, maps = self.net.forward_intermediates(x, indices=count)
+            features, maps = intermediates(x, indices=count)
             return features, [stage.mean((2, 3)) for stage in maps]
-        prefix = self.num_prefix_tokens > 0
-        features, found = self.net.forward_intermediates(
-            x, indices=count, norm=True, output_fmt="NLC", return_prefix_tokens=prefix
+        # Where the class token enters late (CaiT, XCiT, ConViT), blocks give patches alone.
+        prefix = self.num_prefix_tokens > 0 and (
+            "return_prefix_tokens" in inspect.signature(intermediates).parameters
         )
+        more = {"return_prefix_tokens": True} if prefix else {}
+        features, found = intermediates(x, indices=count, norm=True, output_fmt="NLC", **more)
         if prefix and getattr(self.net, "cls_token", None) is not None:
             return features, [tokens[1][:, 0] for tokens in found]
         patches = [tokens[0] if prefix else tokens for tokens in found]
@@ -294,6 +305,11 @@ def create_backbone(
     )
     if patch_size is not None and not backbone.is_vit:
         raise ConfigError(f"model.patch_size: {name} is no ViT and has no patches; leave it out")
+    if patch_size is not None and backbone.patch_size != patch_size:
+        raise ConfigError(
+            f"model.patch_size: {name} has a CNN before its patches and cannot make them "
+            f"{patch_size} px; leave it out"
+        )
     return backbone
 
 
@@ -366,10 +382,13 @@ def _build(
 
 
 def _patch_size(net: nn.Module) -> int | None:
-    sides = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+    embed = getattr(net, "patch_embed", None)
+    sides = getattr(embed, "patch_size", None)
     if sides is None:
         return None
     sides = as_size(sides)
+    ratio = getattr(embed, "feature_ratio", (1, 1))  # hybrids count in pixels of their CNN's map
+    sides = (sides[0] * ratio[0], sides[1] * ratio[1])
     return sides[0] if sides[0] == sides[1] else None
 
 

@@ -78,9 +78,20 @@ class LabelledSettings(FeatureSettings):
     )
 
 
-class KnnConfig(LabelledSettings):
+class KnnConfig(FeatureSettings):
     """`dino-kd knn`: score a frozen backbone by weighted nearest neighbours."""
 
+    train: Text = setting(
+        ..., "Labelled images that vote, as a dataset spec.", examples=["/path/to/train"]
+    )
+    test: Text | None = setting(
+        None,
+        "Labelled images that are scored, as a dataset spec; none only with leave_one_out.",
+        examples=["/path/to/test"],
+    )
+    leave_one_out: bool = setting(
+        False, "Score every image of train by all others of train; there is no test set then."
+    )
     k: list[PositiveInt] = setting(
         [1, 5, 10, 20, 50, 100, 200],
         "Neighbours, one number or a list; all from one search.",
@@ -90,6 +101,19 @@ class KnnConfig(LabelledSettings):
     search: Literal["torch", "faiss"] = setting(
         "torch", "Exact search by torch or faiss; equal answers."
     )
+    per_class: PositiveInt | None = setting(
+        None, "Only so many images of each class vote, drawn several times; none: all of train."
+    )
+    draws: PositiveInt = setting(5, "Draws of the images that vote, with per_class.")
+    seed: Annotated[int, Field(ge=0)] = setting(
+        0, "Seed of the first draw; the following draws count up from it."
+    )
+    labels: Text | None = setting(
+        None,
+        "CSV file for images with several labels, 'path,label1|label2' a line, paths relative to "
+        "the file; none: the class of each image is its label.",
+        examples=["/path/to/labels.csv"],
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -97,3 +121,27 @@ class KnnConfig(LabelledSettings):
         if isinstance(values, dict) and type(values.get("k")) is int:
             return {**values, "k": [values["k"]]}
         return values
+
+    @model_validator(mode="after")
+    def _modes_fit_together(self) -> KnnConfig:
+        if self.test is None and not self.leave_one_out:
+            raise ValueError(
+                "test: required, and not given; name labelled images, or set leave_one_out=true to "
+                "score every image of train by the others"
+            )
+        if self.test is not None and self.leave_one_out:
+            raise ValueError(
+                f"test: leave_one_out=true scores the images of train, and test={self.test} was "
+                "given too; leave out one of the two (test=none)"
+            )
+        if self.per_class is not None and self.leave_one_out:
+            raise ValueError(
+                f"per_class: {self.per_class} images per class vote for a test set, and "
+                "leave_one_out=true has none; leave out one of the two"
+            )
+        if self.per_class is not None and self.labels is not None:
+            raise ValueError(
+                f"per_class: {self.per_class} images per class need one class per image, and "
+                f"labels={self.labels} gives several; leave out one of the two"
+            )
+        return self

@@ -120,8 +120,8 @@ class FinetuneConfig(RunSettings, SourceSettings):
 
     backbone: Text = setting(
         ...,
-        "Where training starts: run directory, 'local-dir:PATH', 'timm:NAME', 'random:NAME', or a "
-        "DINO or DINOv2 checkpoint file.",
+        "Where training starts: run directory, 'local-dir:PATH', 'timm:NAME', 'torchvision:NAME', "
+        "'random:NAME', or a DINO or DINOv2 checkpoint file.",
         examples=["runs/first"],
     )
     train: Text = setting(

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from dino_kd.errors import ConfigError
+from dino_kd.errors import ConfigError, UserError
 from dino_kd.models.backbone import attention_backend, create_backbone
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -49,6 +49,75 @@ def test_every_network_keeps_the_contract(name, options, in_chans):
     else:
         assert backbone.patch_size is None
     assert len(backbone.mean) == len(backbone.std) == in_chans
+
+
+# Networks whose blocks or patches are not those of a plain ViT or CNN.
+UNUSUAL = [
+    ("vit_tiny_r_s16_p8_224", {"args": TINY}),  # a CNN stem; 8 px of its map are 32 px
+    ("cait_xxs24_224", {"args": TINY}),  # the class token enters after the last block
+    ("xcit_nano_12_p8_224", {"args": TINY}),
+    ("convit_tiny", {"args": {**TINY, "local_up_to_layer": 1}}),
+    ("mixer_s16_224", {}),
+    ("beit_base_patch16_224", {"args": TINY}),
+    # widens after pooling, from 512 to 4096
+    pytest.param("vgg11_bn", {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NETWORKS + UNUSUAL)
+def test_parts_are_vectors_of_one_pass_that_depend_on_their_image_alone(name, options):
+    size = (224, 224) if "_224" in name or name == "convit_tiny" else (64, 32)
+    torch.manual_seed(0)
+    backbone = create_backbone(name, img_size=size, **options).eval()
+    x = torch.randn(3, 3, *size)
+    names = ["output", "mean", "block-1", "block-2", "block-99"]
+    with torch.no_grad():
+        parts, alone = backbone.parts(x, names), backbone.parts(x[1:2], names)
+        assert torch.equal(parts["output"], backbone(x))
+        again, tokens = backbone.parts(x, names), backbone.tokens(x)
+    torch.testing.assert_close(parts["mean"], tokens.patches.mean(1))
+    assert parts["output"].shape == (3, backbone.embed_dim)
+    assert parts["mean"].shape == (3, backbone.patch_dim)
+    for key, values in parts.items():
+        assert len(values) == 3
+        assert values.ndim == 2
+        assert values.isfinite().all()
+        assert torch.equal(values, again[key])
+        torch.testing.assert_close(values[1:2], alone[key], atol=1e-4, rtol=1e-3)
+
+
+def test_patches_of_a_hybrid_are_measured_in_image_pixels():
+    backbone = create_backbone("vit_tiny_r_s16_p8_224", img_size=(64, 96), args=TINY).eval()
+    with torch.no_grad():
+        assert backbone.tokens(torch.randn(1, 3, 64, 96)).grid == (2, 3)
+    assert (backbone.patch_size, backbone.is_vit) == (32, True)
+    with pytest.raises(ConfigError, match="does not divide into patches of 32 px"):
+        backbone.resize(80)
+    with pytest.raises(ConfigError, match=r"model\.patch_size.*CNN before its patches"):
+        create_backbone("vit_tiny_r_s16_p8_224", img_size=64, patch_size=4, args=TINY)
+
+
+def test_a_network_without_final_patches_says_so():
+    backbone = create_backbone("pit_ti_224", img_size=224).eval()
+    with torch.no_grad(), pytest.raises(UserError, match="gives no patches"):
+        backbone.parts(torch.randn(1, 3, 224, 224), ["mean"])
+
+
+@pytest.mark.parametrize("lacking", ["blocks", "forward_intermediates"])
+def test_a_network_that_hides_its_blocks_says_so(lacking):
+    backbone = create_backbone("vit_tiny_patch16_224", img_size=32, args=TINY).eval()
+    whole = backbone.net
+
+    class Hidden:
+        def __getattr__(self, name):
+            if name == lacking:
+                raise AttributeError(name)
+            return getattr(whole, name)
+
+    del backbone.net
+    object.__setattr__(backbone, "net", Hidden())
+    with pytest.raises(UserError, match="does not show its blocks"):
+        backbone.parts(torch.randn(1, 3, 32, 32), ["block-1"])
 
 
 @pytest.mark.parametrize(("name", "options"), NETWORKS)
