@@ -145,7 +145,7 @@ def check_per_class(labels: Tensor, names: list[str], settings: KnnConfig, what:
     smallest = int(counts.argmin())
     if counts[smallest] < settings.per_class:
         short = int((counts < settings.per_class).sum())
-        others = f", and {short - 1} more classes have too few" if short > 1 else ""
+        others = f", and {short - 1} more of the classes have too few" if short > 1 else ""
         raise DataError(
             f"per_class: {settings.per_class} images of each class were asked for, but class "
             f"{names[smallest]!r} has {counts[smallest]} {what} in train{others}; use "

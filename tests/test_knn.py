@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_kd.knn import knn_accuracy, order_ties, search, vote
+from dino_kd.knn import knn_accuracy, label_scores, order_ties, search, search_others, vote
 
 
 def data(num_queries=40, num_bank=97, dim=8, classes=7, seed=0):
@@ -173,3 +173,82 @@ def test_memory_of_the_search_is_bounded():
     with Spy():
         search(queries, bank, 3, query_chunk=20, bank_chunk=50)
     assert max(seen) <= max(400 * 4, 20 * 50, 50 * 4)
+
+
+def old_rule(queries, bank, k):
+    """Neighbours by a full stable sort of the whole similarity matrix."""
+    cosine = torch.nn.functional.normalize(queries, dim=-1) @ (
+        torch.nn.functional.normalize(bank, dim=-1).T
+    )
+    near, index = cosine.sort(dim=-1, descending=True, stable=True)
+    return near[:, :k], index[:, :k]
+
+
+@pytest.mark.parametrize("bank_chunk", [3, 16, 17, 1000])
+@pytest.mark.parametrize("k", [1, 2, 7, 30, 97])
+def test_search_with_many_copies_equals_a_stable_sort(k, bank_chunk):
+    """Axis-parallel vectors: every product is exact, and most similarities are equal."""
+    g = torch.Generator().manual_seed(0)
+    bank = torch.eye(4)[torch.randint(4, (97,), generator=g)]
+    queries = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, -1.0, 0.0]])
+    expected, expected_index = old_rule(queries, bank, k)
+    found, index = search(queries, bank, k, query_chunk=2, bank_chunk=bank_chunk)
+    assert torch.equal(index, expected_index)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_others_equal_a_loop_that_deletes_each_row(k):
+    """Each image against a bank without it; rows 5, 20 and 40..49 are copies of row 2."""
+    features = data(num_bank=60)[2]
+    features[[5, 20, *range(40, 50)]] = features[2].clone()
+    similarity, index = search_others(features, k)
+    for row in range(60):
+        rest = torch.cat([features[:row], features[row + 1 :]])
+        near, place = search(features[row : row + 1], rest, k)
+        place = torch.where(place >= row, place + 1, place)  # as counted with the row
+        torch.testing.assert_close(similarity[row : row + 1], near)
+        if k != 10 or row not in {2, 5, 20, *range(40, 50)}:
+            assert index[row].tolist() == place[0].tolist(), row
+        assert row not in index[row].tolist()
+
+
+def test_others_of_identical_rows():
+    """Row 4 is not among the three neighbours that the search gives it; row 0 stands first."""
+    similarity, index = search_others(torch.eye(2)[[0, 0, 0, 0, 0, 1]], 2)
+    assert index.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1], [0, 1]]
+    assert similarity[4].tolist() == [1.0, 1.0]
+
+
+def test_others_reach_every_other_row():
+    _, index = search_others(data(num_bank=9)[2], 8)
+    assert [sorted(row) for row in index.tolist()] == [
+        [other for other in range(9) if other != row] for row in range(9)
+    ]
+
+
+def test_label_scores_equal_a_loop():
+    """The weighted mean of the neighbours' label vectors, one query and label at a time."""
+    queries, _, bank, _ = data()
+    having = torch.rand(97, 3, generator=torch.Generator().manual_seed(1)) < 0.4
+    similarity, index = search(queries, bank, 20)
+    whole = label_scores(similarity, index, having, [1, 5, 20], 0.1)
+    parts = label_scores(similarity, index, having, [20, 5, 1], 0.1, chunk_elements=120)
+    for k in (1, 5, 20):
+        assert torch.equal(whole[k], parts[k])
+        for q in range(len(queries)):
+            weights = [math.exp(s / 0.1) for s in similarity[q, :k].tolist()]
+            for label in range(3):
+                votes = [
+                    w * bool(having[i, label])
+                    for w, i in zip(weights, index[q, :k].tolist(), strict=True)
+                ]
+                assert whole[k][q, label].item() == pytest.approx(sum(votes) / sum(weights))
+
+
+def test_label_scores_at_an_extreme_temperature_are_those_of_the_nearest():
+    queries, _, bank, _ = data()
+    having = torch.rand(97, 3, generator=torch.Generator().manual_seed(1)) < 0.4
+    similarity, index = search(queries, bank, 20)
+    scores = label_scores(similarity, index, having, [20], 1e-7)[20]
+    torch.testing.assert_close(scores, having[index[:, 0]].double())
