@@ -127,8 +127,8 @@ class ModelSettings(Settings):
     )
     init_from: Text | None = setting(
         None,
-        "Start from this backbone: run directory, 'timm:NAME', 'torchvision:NAME', 'local-dir:PATH' "
-        "or a DINO checkpoint file.",
+        "Start from this backbone: run directory, 'timm:NAME', 'torchvision:NAME', 'local-dir:PATH'"
+        " or a DINO checkpoint file.",
     )
 
 
