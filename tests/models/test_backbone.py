@@ -57,7 +57,7 @@ UNUSUAL = [
     ("cait_xxs24_224", {"args": TINY}),  # the class token enters after the last block
     ("xcit_nano_12_p8_224", {"args": TINY}),
     ("convit_tiny", {"args": {**TINY, "local_up_to_layer": 1}}),
-    ("mixer_s16_224", {}),
+    pytest.param("mixer_s16_224", {}, marks=pytest.mark.slow),
     ("beit_base_patch16_224", {"args": TINY}),
     # widens after pooling, from 512 to 4096
     pytest.param("vgg11_bn", {}, marks=pytest.mark.slow),
