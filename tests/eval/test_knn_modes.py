@@ -21,7 +21,7 @@ from dino_kd.models.backbone import create_backbone
 from dino_kd.pretrained import load_backbone, save_backbone
 from eval import knn
 
-from .test_knn import QUIET, REPOSITORY, TINY
+from tests.eval.test_knn import QUIET, REPOSITORY, TINY
 
 
 def write_hard_images(root, per_class, seed):

@@ -15,7 +15,7 @@ from dino_kd.errors import DataError
 from dino_kd.features import pixel_features
 from eval import knn, multilabel
 
-from .test_knn import QUIET, write_images
+from tests.eval.test_knn import QUIET, write_images
 
 
 @pytest.fixture
