@@ -48,7 +48,7 @@ class LabelFile:
             else:
                 missing.append(path)
         if missing:
-            shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            shown = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
             near = did_you_mean(missing[0], self.rows) if len(self.rows) <= 1000 else ""
             raise DataError(
                 f"labels: {self.path} lacks {len(missing)} of the {len(dataset)} images of "

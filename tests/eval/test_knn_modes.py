@@ -20,8 +20,7 @@ from dino_kd.features import extract_features, pixel_features
 from dino_kd.models.backbone import create_backbone
 from dino_kd.pretrained import load_backbone, save_backbone
 from eval import knn
-
-from .test_knn import QUIET, REPOSITORY, TINY
+from tests.eval.test_knn import QUIET, REPOSITORY, TINY
 
 
 def write_hard_images(root, per_class, seed):

@@ -14,8 +14,7 @@ from dino_kd.data.specs import make_dataset
 from dino_kd.errors import DataError
 from dino_kd.features import pixel_features
 from eval import knn, multilabel
-
-from .test_knn import QUIET, write_images
+from tests.eval.test_knn import QUIET, write_images
 
 
 @pytest.fixture

@@ -149,3 +149,24 @@ def test_two_processes_give_the_numbers_of_one(run_dir):
     result = read(run_dir / "eval" / "suite_teacher.json")
     assert result["processes"] == 2
     assert result["metrics"] == alone
+
+
+def test_every_way_of_nearest_neighbours_has_a_headline(run_dir, sets, tmp_path, capsys):
+    """One set alone, few images per class, several labels: as the command itself scores them."""
+    words = [f"train={sets[0]}", f"test={sets[1]}", *QUIET, f"cache={tmp_path / 'cache'}"]
+    labels = tmp_path / "labels.csv"
+    labels.write_text(
+        "".join(f"{p},{p.parent.name}\n" for s in sets for p in sorted(s.rglob("*.png")))
+    )
+    for own, title in (
+        ("leave_one_out: true, test: null", "k-NN top-1 %, k = 5, leave one out"),
+        ("per_class: 3, draws: 2", "k-NN top-1 %, k = 5, 3 per class"),
+        (f"labels: {labels}", "k-NN mAP %, k = 5"),
+    ):
+        suite_of_one = f"suite={{knn: {{k: 5, {own}}}}}"
+        assert suite.main([f"backbone={run_dir}", suite_of_one, "compare=[]", *words]) == 0
+        number = knn.headline(read(run_dir / "eval" / "knn_teacher.json"))[0]
+        assert number[0] == title
+        printed = capsys.readouterr().out
+        assert title in printed
+        assert number[1] in printed
