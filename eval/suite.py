@@ -152,7 +152,8 @@ def plan(settings: EvaluateConfig, cache: str, folder: Path | None) -> list[Colu
                 continue
             schema = COMMANDS[name]
             given = handed_on(schema, shared) | network
-            if folder is not None:
+            # a branch of a run directory has a place there already, and so has its linear head
+            if folder is not None and (settings.output is not None or "backbone" in network):
                 given["output"] = str(folder / f"{name}_{file_name(stem)}.json")
             made, wrong = validate(
                 schema, given | own, command=name, overridden=set(own), origin=""
