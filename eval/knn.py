@@ -69,6 +69,16 @@ class Sets:
     names: list[str]
 
 
+def result_name(settings: KnnConfig) -> str:
+    """A file name for each protocol, so that one score in a run never replaces another's."""
+    modes = {
+        "leave_one_out": settings.leave_one_out,
+        f"per_class{settings.per_class}": settings.per_class is not None,
+        "labels": settings.labels is not None,
+    }
+    return "_".join(["knn", *(name for name, is_on in modes.items() if is_on)])
+
+
 def score(settings: KnnConfig, device: torch.device) -> dict[str, Any]:
     """Score one backbone; every process of a torchrun job calls this, the main one reports.
 
@@ -79,7 +89,7 @@ def score(settings: KnnConfig, device: torch.device) -> dict[str, Any]:
             with fewer images than `per_class`.
     """
     watch = Stopwatch()
-    output = result_path(settings, "knn")
+    output = result_path(settings, result_name(settings))
     subject = open_subject(settings, device)
     sets = open_sets(settings, subject.channels)
     check_per_class(sets.train_labels, sets.names, settings, "images")

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from dino_kd.config import load_settings
 from dino_kd.data.specs import make_dataset
 from dino_kd.errors import ConfigError, DataError
 from dino_kd.features import extract_features, pixel_features
 from dino_kd.models.backbone import create_backbone
 from dino_kd.pretrained import load_backbone, save_backbone
+from dino_kd.schema import KnnConfig
 from eval import knn
 from tests.eval.test_knn import QUIET, REPOSITORY, TINY
 
@@ -202,3 +204,22 @@ def test_two_processes_give_the_numbers_of_one(sets, tmp_path, mode):
     two = json.loads(output.read_text())
     assert two["metrics"] == one["metrics"]
     assert two["data"] == one["data"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "knn"),
+        (["per_class=3"], "knn_per_class3"),
+        (["labels=l.csv", "per_class=3"], "knn_per_class3_labels"),
+    ],
+)
+def test_each_protocol_has_a_file_of_its_own(words, name):
+    argv = ["backbone=pixels", "train=a", "test=b", *words]
+    assert knn.result_name(load_settings(KnnConfig, argv, command="knn")) == name
+
+
+def test_leave_one_out_has_a_file_of_its_own():
+    argv = ["backbone=pixels", "train=a", "leave_one_out=true"]
+    settings = load_settings(KnnConfig, argv, command="knn")
+    assert knn.result_name(settings) == "knn_leave_one_out"

@@ -22,7 +22,8 @@ from launch.job import load_job
 from tests.slurm.conftest import recipe, state_of, tool, wait_for
 from tests.tiny import read_metrics, without_times
 
-pytestmark = [pytest.mark.slurm, pytest.mark.dist]
+# minutes each on two cores: `make test-all`
+pytestmark = [pytest.mark.slurm, pytest.mark.dist, pytest.mark.slow]
 
 LENGTH = 320
 SHAPE = ["slurm.nodes=2", "slurm.tasks_per_node=2"]
@@ -151,7 +152,6 @@ def test_every_interruption_loses_nothing(
     assert f"life {len(interruptions)} of job {run.job}" in run.log()
 
 
-@pytest.mark.slow
 def test_the_real_time_limit_loses_nothing(
     launch: Callable[..., str], images: Path, tmp_path: Path
 ) -> None:
@@ -167,7 +167,6 @@ def test_the_real_time_limit_loses_nothing(
     assert [row["step"] for row in read_metrics(run.run_dir)] == list(range(1, length + 1))
 
 
-@pytest.mark.slow
 def test_twenty_random_interruptions_leave_no_trace(
     launch: Callable[..., str], images: Path, tmp_path: Path
 ) -> None:
