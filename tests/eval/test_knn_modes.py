@@ -211,7 +211,7 @@ def test_two_processes_give_the_numbers_of_one(sets, tmp_path, mode):
     [
         ([], "knn"),
         (["per_class=3"], "knn_per_class3"),
-        (["labels=l.csv", "per_class=3"], "knn_per_class3_labels"),
+        (["labels=l.csv"], "knn_labels"),
     ],
 )
 def test_each_protocol_has_a_file_of_its_own(words, name):
