@@ -158,14 +158,14 @@ def test_every_way_of_nearest_neighbours_has_a_headline(run_dir, sets, tmp_path,
     labels.write_text(
         "".join(f"{p},{p.parent.name}\n" for s in sets for p in sorted(s.rglob("*.png")))
     )
-    for own, title in (
-        ("leave_one_out: true, test: null", "k-NN top-1 %, k = 5, leave one out"),
-        ("per_class: 3, draws: 2", "k-NN top-1 %, k = 5, 3 per class"),
-        (f"labels: {labels}", "k-NN mAP %, k = 5"),
+    for own, file, title in (
+        ("leave_one_out: true, test: null", "leave_one_out", "k-NN top-1 %, k = 5, leave one out"),
+        ("per_class: 3, draws: 2", "per_class3", "k-NN top-1 %, k = 5, 3 per class"),
+        (f"labels: {labels}", "labels", "k-NN mAP %, k = 5"),
     ):
         suite_of_one = f"suite={{knn: {{k: 5, {own}}}}}"
         assert suite.main([f"backbone={run_dir}", suite_of_one, "compare=[]", *words]) == 0
-        number = knn.headline(read(run_dir / "eval" / "knn_teacher.json"))[0]
+        number = knn.headline(read(run_dir / "eval" / f"knn_{file}_teacher.json"))[0]
         assert number[0] == title
         printed = capsys.readouterr().out
         assert title in printed
