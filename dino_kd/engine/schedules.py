@@ -47,6 +47,12 @@ def switch(until: int) -> Schedule:
     return lambda step: 1.0 if step < until else 0.0
 
 
+def faded(level: float, share: float, total: int) -> Schedule:
+    """`level`, falling linearly to 0 at step `total` over the last `share` (0..1) of the run."""
+    fall = share * total
+    return lambda step: level * min(1.0, (total - step) / fall) if fall else level
+
+
 def is_time(done: int, every: int, total: int) -> bool:
     """Whether the action due every `every` steps is due after `done` steps; always at the end."""
     return done == total or (every > 0 and done % every == 0)

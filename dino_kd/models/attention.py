@@ -33,10 +33,10 @@ def attention_maps(backbone: Backbone, x: Tensor, block: int = -1) -> Tensor:
     Raises:
         UserError: the network is a CNN, has another kind of attention, or has no such block.
     """
-    attention = _attention_module(backbone, block)
-    with _kept_input(attention) as inputs:
+    attention = attention_module(backbone, block)
+    with kept_input(attention) as inputs:
         backbone.net.forward_features(x)
-    return _probabilities(attention, inputs[0], None)
+    return attention_probabilities(attention, inputs[0], None)
 
 
 def cls_attention(backbone: Backbone, x: Tensor, block: int = -1) -> Tensor:
@@ -54,10 +54,10 @@ def cls_attention_and_tokens(
 ) -> tuple[Tensor, Tokens]:
     """`cls_attention` and `Backbone.tokens` from one forward pass; memory grows with T, not T^2."""
     check_cls_attention(backbone, block)
-    attention = _attention_module(backbone, block)
-    with _kept_input(attention) as inputs:
+    attention = attention_module(backbone, block)
+    with kept_input(attention) as inputs:
         tokens = backbone.tokens(x)
-    probabilities = _probabilities(attention, inputs[0], 1)[:, :, 0]  # [N, heads, T]
+    probabilities = attention_probabilities(attention, inputs[0], 1)[:, :, 0]  # [N, heads, T]
     return probabilities[:, :, backbone.num_prefix_tokens :].unflatten(-1, tokens.grid), tokens
 
 
@@ -66,7 +66,7 @@ def check_cls_attention(backbone: Backbone, block: int = -1) -> None:
 
     It is a ConfigError only for a block that the network does not have.
     """
-    _attention_module(backbone, block)
+    attention_module(backbone, block)
     if getattr(backbone.net, "cls_token", None) is None:
         raise UserError(f"{backbone.name} has no class token whose attention could be shown")
 
@@ -89,7 +89,7 @@ def threshold_mass(attention: Tensor, keep: float = 0.6) -> Tensor:
 
 
 @contextlib.contextmanager
-def _kept_input(module: nn.Module) -> Iterator[list[Tensor]]:
+def kept_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """A list that receives the first argument of every call of `module`."""
     inputs: list[Tensor] = []
 
@@ -103,7 +103,7 @@ def _kept_input(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _probabilities(attention: Attention, tokens: Tensor, queries: int | None) -> Tensor:
+def attention_probabilities(attention: Attention, tokens: Tensor, queries: int | None) -> Tensor:
     """Softmax rows ``[N, heads, queries, T]`` of the first `queries` tokens (None: all)."""
     qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))  # [N, T, 3, heads, d]
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, T, d]
@@ -112,7 +112,8 @@ def _probabilities(attention: Attention, tokens: Tensor, queries: int | None) ->
     return scores.softmax(dim=-1)
 
 
-def _attention_module(backbone: Backbone, block: int) -> Attention:
+def attention_module(backbone: Backbone, block: int) -> Attention:
+    """The attention of one block; raises the UserErrors of `attention_maps`."""
     blocks = getattr(backbone.net, "blocks", None)
     if not backbone.is_vit or blocks is None:
         raise UserError(f"{backbone.name} is no ViT: it has no attention between patches to show")

@@ -117,12 +117,12 @@ class Backbone(nn.Module):
         """Pooled and spatial features of normalised images ``[N, C, H, W]``."""
         features = self.net.forward_features(x)
         cls = self.net.forward_head(features, pre_logits=True)  # [N, D]
-        return Tokens(cls, *self._split(features, x))
+        return Tokens(cls, *self.split(features, x))
 
-    def _split(self, features: Tensor, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def split(self, features: Tensor, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The patches ``[N, P, Dp]`` of final features of the images `x`, and their grid."""
         if features.ndim == 4:
-            if _is_channels_last(self.net):
+            if is_channels_last(self.net):
                 features = features.permute(0, 3, 1, 2)
             grid = (features.shape[2], features.shape[3])
             return features.flatten(2).transpose(1, 2), grid
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
         if "output" in names:
             made["output"] = self.net.forward_head(features, pre_logits=True)
         if "mean" in names or "patches" in names:
-            made["patches"] = self._split(features, x)[0]
+            made["patches"] = self.split(features, x)[0]
             made["mean"] = made["patches"].mean(1)
         return {name: made[name] for name in names}
 
@@ -236,7 +236,7 @@ class Backbone(nn.Module):
                 "patches; choose another network"
             )
         if features.ndim == 4:
-            channels_last = _is_channels_last(self.net)
+            channels_last = is_channels_last(self.net)
             return cls.shape[1], features.shape[3 if channels_last else 1], False
         side = self.patch_size
         patches = (height // side) * (width // side) if side else -1
@@ -392,7 +392,8 @@ def _patch_size(net: nn.Module) -> int | None:
     return sides[0] if sides[0] == sides[1] else None
 
 
-def _is_channels_last(net: nn.Module) -> bool:
+def is_channels_last(net: nn.Module) -> bool:
+    """Whether its maps come as ``[N, H, W, C]``."""
     layout = getattr(net, "output_fmt", "NCHW")
     return str(getattr(layout, "value", layout)) == "NHWC"
 

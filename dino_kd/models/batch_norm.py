@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.distributed import all_reduce_mean, world_size
+from dino_kd.models.backbone import Backbone
 
 
 class BatchNormStatistics:
@@ -49,3 +52,37 @@ class BatchNormStatistics:
             floating, packed.split([buffer.numel() for buffer in floating]), strict=True
         ):
             buffer.copy_(mean.view_as(buffer))
+
+
+@torch.no_grad()
+def recalibrate(
+    backbone: Backbone, batches: Iterable[Tensor], device: str | torch.device = "cpu"
+) -> None:
+    """Replace running statistics by the mean of those of `batches`, in place; weights stay.
+
+    For networks trained on mixed images, whose statistics are not those of the images they will
+    see. A network without batch norms is left alone, and no batch is read.
+
+    Args:
+        backbone: on `device`; its training mode is restored.
+        batches: uint8 ``[B, C, H, W]``.
+        device: where the network is.
+    """
+    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    modes = [(module, module.training) for module in backbone.modules()]
+    momenta = [norm.momentum for norm in norms]
+    backbone.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    try:
+        for images in batches:
+            backbone(backbone.preprocess(images.to(device)))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training

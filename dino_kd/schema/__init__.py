@@ -8,6 +8,13 @@ Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`
 from __future__ import annotations
 
 from dino_kd.schema.base import InWords, RunSettings, Settings
+from dino_kd.schema.distill import (
+    TERM_PRESETS,
+    DistillConfig,
+    DistillTeacherSettings,
+    StudentSettings,
+    TermsSettings,
+)
 from dino_kd.schema.embed import DuplicatesConfig, EmbedConfig, SearchConfig
 from dino_kd.schema.evaluators import (
     BackboneSettings,
@@ -45,12 +52,15 @@ from dino_kd.schema.visualize import VisualizeConfig
 __all__ = [
     "COMMANDS",
     "CROP_PRESETS",
+    "TERM_PRESETS",
     "AugmentSettings",
     "BackboneSettings",
     "BenchmarkSettings",
     "CopydetectConfig",
     "CropSettings",
     "DataSettings",
+    "DistillConfig",
+    "DistillTeacherSettings",
     "DuplicatesConfig",
     "EmbedConfig",
     "EvaluateConfig",
@@ -79,13 +89,16 @@ __all__ = [
     "SlurmSettings",
     "SourceSettings",
     "StageSettings",
+    "StudentSettings",
     "TeacherSettings",
+    "TermsSettings",
     "VideoConfig",
     "VisualizeConfig",
 ]
 
 COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
+    "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,
     "finetune": FinetuneConfig,

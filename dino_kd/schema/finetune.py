@@ -71,8 +71,8 @@ class AugmentSettings(Settings):
     )
 
 
-class FinetuneOptimSettings(Settings):
-    """Optimiser, schedules and length of the run."""
+class SupervisedOptimSettings(Settings):
+    """Optimiser, schedules and length of a run on single views."""
 
     name: Text = setting("adamw", "adamw, sgd or lars.")
     batch_size: PositiveInt = setting(
@@ -93,11 +93,6 @@ class FinetuneOptimSettings(Settings):
     warmup: Length = setting(
         "5%", "Length of the linear learning-rate warm-up.", unit="steps, 'ep' or '%'"
     )
-    layer_decay: Auto | PositiveShare = setting(
-        "auto",
-        "Factor on the learning rate from each layer to the one below (a block of a ViT, a stage "
-        "of a CNN); 1: none; auto: 0.75, or 1 when the network starts untrained.",
-    )
     weight_decay: Annotated[float, Field(ge=0)] = setting(
         0.05, "Weight decay; none on biases, norms, positions and tokens."
     )
@@ -112,6 +107,16 @@ class FinetuneOptimSettings(Settings):
     )
     max_bad_steps: PositiveInt = setting(
         20, "Stop after this many non-finite steps in a row.", unit="steps", free=True
+    )
+
+
+class FinetuneOptimSettings(SupervisedOptimSettings):
+    """Optimiser, schedules and length of the run."""
+
+    layer_decay: Auto | PositiveShare = setting(
+        "auto",
+        "Factor on the learning rate from each layer to the one below (a block of a ViT, a stage "
+        "of a CNN); 1: none; auto: 0.75, or 1 when the network starts untrained.",
     )
 
 

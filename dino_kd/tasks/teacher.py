@@ -1,0 +1,95 @@
+"""A frozen network that answers: logits, features, maps, prototypes of the images it is shown."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_kd.data.mixing import Answers
+from dino_kd.models.backbone import Backbone
+from dino_kd.models.head import DINOHead
+from dino_kd.models.linear_head import LinearHead
+from dino_kd.models.taps import tap_shapes, taps
+
+HEADS = ("logits", "prototypes")
+
+
+class Teacher(nn.Module):
+    """A backbone with its heads, in eval mode and without gradients whatever is done to it.
+
+    Args:
+        backbone: frozen in place.
+        size: (height, width) in pixels at which it sees every image.
+        head: gives "logits" from the backbone's parts, or, as any other module, from its output.
+        prototypes: the projection head it was pretrained with, which gives "prototypes".
+        weight: its share among several teachers.
+        name: for people.
+        class_names: of the logits, in their order; None: not known.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        size: tuple[int, int],
+        *,
+        head: LinearHead | nn.Module | None = None,
+        prototypes: DINOHead | None = None,
+        weight: float = 1.0,
+        name: str = "",
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.size, self.weight = backbone, size, weight
+        self.head, self.prototypes = head, prototypes
+        self.name, self.class_names = name or backbone.name, class_names
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode: batch-norm statistics and dropout of a teacher are fixed."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def answers(self, pixels: Tensor, names: Sequence[str]) -> Answers:
+        """What `names` asks for, of images float ``[B, C, H, W]`` in 0..255, each normalised anew.
+
+        Names are those of `models.taps`, "logits" ``[B, Y]`` and "prototypes" ``[B, K]``.
+        """
+        if tuple(pixels.shape[-2:]) != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
+            pixels = pixels.clamp(0, 255)
+        x = self.backbone.preprocess(pixels)
+        parts = self.head.parts if isinstance(self.head, LinearHead) else ("output",)
+        wanted = [name for name in names if name not in HEADS]
+        made: Answers = {}
+        if "logits" in names:
+            assert self.head is not None  # whoever asks has checked
+            inside = self.backbone.parts(x, list(dict.fromkeys([*parts, "output"])))
+            is_linear = isinstance(self.head, LinearHead)
+            made["logits"] = self.head(inside if is_linear else inside["output"])
+            made["output"] = inside["output"]
+        if "prototypes" in names and "output" not in made and "output" not in wanted:
+            wanted.append("output")
+        if set(wanted) - made.keys():
+            made |= taps(self.backbone, x, wanted)
+        if "prototypes" in names:
+            assert self.prototypes is not None
+            made["prototypes"] = self.prototypes(made["output"])
+        return {name: made[name] for name in names}
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shape of every tap in `names`, without its batch axis, at this teacher's size."""
+        return tap_shapes(self.backbone, [n for n in names if n not in HEADS], self.size)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all weights and statistics: equal before and after training."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
