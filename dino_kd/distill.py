@@ -137,7 +137,8 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
     labels_alone = set(weights) == {"ce"}
     images = open_images(settings, labels_for=needs_labels(terms), only_labelled=labels_alone)
     student = build_student(settings)
-    teachers, notes = [], []
+    teachers: list[Teacher] = []
+    notes: list[str] = []
     if not labels_alone:
         teachers, notes = open_teachers(settings, images, control)
     class_names = classes_of(settings, images, teachers)
@@ -157,9 +158,10 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
         labelled_share=images.labelled_share,
     )  # fmt: skip
     task = DistillTask(learner, teachers, made, ema=settings.student.ema).to(device)
-    for network in (task.student, *teachers):
-        network.to(device)
-        attention_backend(network.backbone, device.type, DTYPES[optim.precision])
+    for teacher in teachers:
+        teacher.to(device)
+    for backbone in (student, *(teacher.backbone for teacher in teachers)):
+        attention_backend(backbone, device.type, DTYPES[optim.precision])
     log = RunLog(
         settings.run_dir,
         is_main=is_main_process(),
@@ -212,7 +214,8 @@ def open_teachers(
 ) -> tuple[list[Teacher], list[str]]:
     """All teachers with the heads that the terms need, and sentences about them."""
     chosen = [settings.teacher, *settings.more_teachers]
-    teachers, notes = [], []
+    teachers: list[Teacher] = []
+    notes: list[str] = []
     for number, one in enumerate(chosen):
         where = "teacher" if number == 0 else f"more_teachers[{number - 1}]"
         teacher = open_teacher(

@@ -113,6 +113,12 @@ def _largest_one(values: Tensor) -> Tensor:
     return values * torch.where(largest > _EMPTY, largest.clamp(min=_EMPTY).reciprocal(), 0)
 
 
+def coarser_grid(first: Tensor, second: Tensor) -> tuple[int, int]:
+    """The grid (h, w) of the one of two maps ``[..., h, w]`` that has fewer places."""
+    grids = [(int(m.shape[-2]), int(m.shape[-1])) for m in (first, second)]
+    return min(grids, key=lambda grid: grid[0] * grid[1])
+
+
 def resample_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """A map ``[B, C, H, W]`` on the grid (rows, columns), float32 ``[B, C, h, w]``.
 

@@ -158,7 +158,7 @@ def _timm_classifier(
             f"{where}.head=timm is for 'timm:NAME' and 'local-dir:PATH', got {source!r}"
         )
     try:
-        net = timm.create_model(rest if kind == "timm" else source, pretrained=True)
+        net: Any = timm.create_model(rest if kind == "timm" else source, pretrained=True)
     except (RuntimeError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{where}.head=timm: {source} cannot be loaded ({error})") from error
     layer: Any = net.get_classifier()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dino_kd.data.mixing import Answers, Views
-from dino_kd.losses.maps import attention_loss, energy_map, resample_map
+from dino_kd.losses.maps import attention_loss, coarser_grid, energy_map, resample_map
 from dino_kd.terms.term import Stateless
 
 
@@ -21,7 +22,9 @@ class AttentionTerm(Stateless):
         form: "kl" or "l2", see `attention_loss`.
     """
 
-    def __init__(self, student_taps: Sequence[str], teacher_tap: str, form: str) -> None:
+    def __init__(
+        self, student_taps: Sequence[str], teacher_tap: str, form: Literal["kl", "l2"]
+    ) -> None:
         super().__init__()
         self.student_taps, self.teacher_taps, self.form = tuple(student_taps), (teacher_tap,), form
 
@@ -31,7 +34,7 @@ class AttentionTerm(Stateless):
         target = teacher[self.teacher_taps[0]].float()  # [B, h, w]
         for name in self.student_taps:
             ours = energy_map(student[name])  # [B, h, w]
-            grid = min(tuple(ours.shape[-2:]), tuple(target.shape[-2:]))
+            grid = coarser_grid(ours, target)
             ours, theirs = (resample_map(m[:, None], grid)[:, 0] for m in (ours, target))
             losses.append(attention_loss(ours, theirs, form=self.form))
         return torch.stack(losses).mean()

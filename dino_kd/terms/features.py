@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_kd.data.mixing import Answers, Views
-from dino_kd.losses.maps import cosine_loss, hint_loss, r_squared, resample_map
+from dino_kd.losses.maps import coarser_grid, cosine_loss, hint_loss, r_squared, resample_map
 from dino_kd.losses.standardise import PhiS, Standardise
 from dino_kd.terms.term import Stateless
 
@@ -82,7 +82,7 @@ class FeatureTerm(Stateless):
     def forward(self, student: Answers, teacher: Answers, views: Views) -> Tensor:
         """At the coarser of the two grids; a 1x1 convolution and resampling commute."""
         ours, theirs = student[self.student_taps[0]], teacher[self.teacher_taps[0]]
-        grid = min(ours.shape[-2:], theirs.shape[-2:])
+        grid = coarser_grid(ours, theirs)
         target = resample_map(self._standard(theirs), grid)
         projected = self.projector(resample_map(ours, grid))
         self._seen = (projected.detach(), target)

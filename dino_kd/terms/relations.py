@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dino_kd.data.mixing import Answers, Views
-from dino_kd.losses.maps import resample_map
+from dino_kd.losses.maps import coarser_grid, resample_map
 from dino_kd.losses.relations import (
     rkd_angle_loss,
     rkd_distance_loss,
@@ -55,6 +55,7 @@ class RelationTerm(Stateless):
             losses.append(self.similarity * similarity_loss(ours, theirs))
         if self.tokens:
             maps = student[self.student_map], teacher["map"]
-            grid = min(tuple(m.shape[-2:]) for m in maps)
-            losses.append(self.tokens * token_relation_loss(*(resample_map(m, grid) for m in maps)))
+            grid = coarser_grid(*maps)
+            ours, theirs = (resample_map(m, grid) for m in maps)
+            losses.append(self.tokens * token_relation_loss(ours, theirs))
         return torch.stack(losses).sum()
