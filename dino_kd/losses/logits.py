@@ -158,9 +158,7 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """
     a, b = (_centred(values, dim) for values in (a, b))
     product = (a * b).sum(dim) + _EPS
-    return product * (
-        (a.square().sum(dim) + _EPS).rsqrt() * (b.square().sum(dim) + _EPS).rsqrt()
-    )
+    return product * ((a.square().sum(dim) + _EPS).rsqrt() * (b.square().sum(dim) + _EPS).rsqrt())
 
 
 def _centred(probs: Tensor, dim: int) -> Tensor:

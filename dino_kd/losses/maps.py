@@ -141,9 +141,7 @@ def r_squared(prediction: Tensor, target: Tensor) -> Tensor:
         A float32 scalar <= 1, without gradient. A constant target gives 1 when met, else 0 (as in
         scikit-learn). ValueError for shapes that differ.
     """
-    require_same_shape(
-        prediction, target, "B D" if prediction.ndim == 2 else "B C h w", "target"
-    )
+    require_same_shape(prediction, target, "B D" if prediction.ndim == 2 else "B C h w", "target")
     wanted = target.float()
     across = [axis for axis in range(wanted.ndim) if axis != 1]
     error = (prediction.float() - wanted).square().sum()

@@ -117,7 +117,8 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
     with without_autocast(student):
         of_student, of_teacher = (
-            unit(features - features.mean(0)) for features in (student.float(), teacher.detach().float())
+            unit(features - features.mean(0))
+            for features in (student.float(), teacher.detach().float())
         )
         difference = of_student @ of_student.T - of_teacher @ of_teacher.T  # [B, B]
         return difference[others].square().mean()

@@ -47,9 +47,7 @@ class _Affine(nn.Module):
         if features.ndim != 2 or features.shape[1] != dim:
             raise ValueError(f"features must be [M, {dim}], got {list(features.shape)}")
         if len(features) < 2:
-            raise ValueError(
-                f"a variance needs at least 2 rows of features, got {len(features)}"
-            )
+            raise ValueError(f"a variance needs at least 2 rows of features, got {len(features)}")
         values = features.detach().double()
         if not values.isfinite().all():
             raise ValueError("features to be standardised must be finite")
