@@ -179,7 +179,7 @@ def test_an_ensembles_logits_have_the_mean_of_probabilities():
     assert mean_probability_logits([one * 6e4, two * 6e4]).isfinite().all()
     with pytest.raises(ValueError, match="at least one teacher"):
         mean_probability_logits([])
-    with pytest.raises(ValueError, match="same shape|must both"):
+    with pytest.raises(ValueError, match="must both be"):
         mean_probability_logits([one, two[:, :3]])
 
 

@@ -207,7 +207,7 @@ def test_shapes_that_do_not_fit_are_named(loss, least):
 
 
 def test_other_grids_and_too_few_anchors_are_refused():
-    with pytest.raises(ValueError, match="the same batch and grid.*resample"):
+    with pytest.raises(ValueError, match=r"the same batch and grid.*resample"):
         token_relation_loss(torch.zeros(2, 3, 7, 7), torch.zeros(2, 5, 14, 14))
     with pytest.raises(ValueError, match="max_anchors=2"):
         rkd_angle_loss(*pair(), 2)
