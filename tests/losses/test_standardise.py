@@ -121,7 +121,7 @@ def test_what_cannot_be_measured_is_refused(make):
 
 
 @pytest.mark.parametrize(
-    "order", [1, 2, 4, 12, 20, 24, 28, 96, 192, 320, 384, 576, 768, 960, 1024, 1280, 1536]
+    "order", [1, 2, 4, 12, 20, 24, 96, 192, 320, 384, 576, 768, 960, 1024, 1280, 1536]
 )
 def test_hadamard_matrices_are_orthonormal_with_equal_entries(order):
     matrix = hadamard(order)
@@ -130,6 +130,6 @@ def test_hadamard_matrices_are_orthonormal_with_equal_entries(order):
     torch.testing.assert_close(matrix.abs(), entries, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("order", [3, 6, 10, 100])
+@pytest.mark.parametrize("order", [3, 6, 10, 28])
 def test_orders_without_a_built_matrix_are_none(order):
     assert hadamard(order) is None
