@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ from dino_kd.tasks.teacher import Teacher
 from dino_kd.teaching.images import TrainingImages, open_images, view_batches
 from dino_kd.teaching.teachers import match_classes, open_teacher, randomise
 from dino_kd.teaching.terms import make_terms, needs_labels, needs_logits
+from dino_kd.terms.term import learns_scales
 
 PROJECTORS_FILE = "projectors.safetensors"
 _FIT_IMAGES = 2048  # from which the scales of a teacher's features are learned
@@ -327,7 +329,9 @@ def make_schedules(lesson: Lesson) -> dict[str, Schedule]:
     settings, span = lesson.settings, lesson.span
     optim, total = settings.optim, span.total_steps
     peak = optim.base_lr * optim.batch_size / optim.lr_batch
-    compare_every = max(1, span.steps(settings.fidelity.every))
+    # Only rows of the log hold numbers: up to the next multiple of their distance.
+    rows = math.ceil(span.steps(settings.fidelity.every) / settings.log.log_every)
+    compare_every = max(1, rows) * settings.log.log_every
     return {
         "lr": after_warmup(functools.partial(cosine, peak, optim.min_lr), peak, span.warmup, total),
         "weight_decay": constant(optim.weight_decay),
@@ -345,16 +349,22 @@ def make_schedules(lesson: Lesson) -> dict[str, Schedule]:
 def fit_terms(lesson: Lesson) -> None:
     """Let every term learn the scale of its teacher's answers, from unmixed training images."""
     for number, teacher in enumerate(lesson.teachers):
-        names = lesson.task.teacher_taps[number]
+        terms = [
+            term
+            for name, term in lesson.task.terms.items()
+            if int(name.partition("@")[2] or 0) == number and learns_scales(term)
+        ]
+        names = list(dict.fromkeys(tap for term in terms for tap in term.teacher_taps))
+        if not names:
+            continue
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for pixels in clean_batches(lesson):
             made = teacher.answers(pixels.to(lesson.device).float(), names)
             for name, values in made.items():
                 collected[name].append(values)
         answers = {name: torch.cat(values) for name, values in collected.items()}
-        for name, term in lesson.task.terms.items():
-            if int(name.partition("@")[2] or 0) == number:
-                term.fit(answers)  # type: ignore[operator]
+        for term in terms:
+            term.fit(answers)
 
 
 def recalibrates(lesson: Lesson) -> bool:

@@ -65,7 +65,8 @@ def recalibrate(
 
     Args:
         backbone: on `device`; its training mode is restored.
-        batches: uint8 ``[B, C, H, W]``.
+        batches: uint8 ``[B, C, H, W]``; one of a single image, which may have no variance, is
+            left out.
         device: where the network is.
     """
     norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -80,6 +81,8 @@ def recalibrate(
         norm.train()
     try:
         for images in batches:
+            if len(images) == 1:
+                continue
             backbone(backbone.preprocess(images.to(device)))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -56,11 +56,24 @@ def open_teacher(
 def match_classes(teacher: Teacher, class_names: Sequence[str], where: str) -> str | None:
     """Put the teacher's logits into the order of `class_names`, leaving out its other classes.
 
-    Returns a sentence when classes were left out. Raises ConfigError when it lacks a class.
+    Returns a sentence when classes were left out, or have no names to be found by. Raises
+    ConfigError when it lacks a class.
     """
     known = teacher.class_names
-    if teacher.head is None or known is None:
+    if teacher.head is None:
         return None
+    if known is None:
+        count = len(teacher.head.bias)  # type: ignore[arg-type]
+        if count != len(class_names):
+            raise ConfigError(
+                f"{where}: its logits are for {count} classes without names, the images have "
+                f"{len(class_names)}. Train a head on these classes with 'dino-kd linear "
+                f"backbone={teacher.name}', or distil without labels: terms.preset=label_free"
+            )
+        return (
+            f"the classes of {teacher.name} have no names; its logits are taken in the order of "
+            f"{', '.join(class_names[:3])}{', ...' if count > 3 else ''}"
+        )
     absent = [name for name in class_names if name not in known]
     if absent:
         raise ConfigError(
@@ -103,7 +116,7 @@ def _logit_head(
 ) -> tuple[nn.Module, list[str] | None]:
     """The module that gives logits, and the names of their classes."""
     run_dir = Path(settings.backbone).expanduser()
-    linear = run_dir / "eval" / f"linear_{settings.branch}_head.safetensors"
+    linear = run_dir / "eval" / f"linear_head_{settings.branch}.safetensors"
     if settings.head == "timm":
         return _timm_classifier(settings.backbone, backbone, where)
     if settings.head != "auto":

@@ -33,6 +33,11 @@ class Term(Protocol):
         """Commit what was observed; `skipped`: forget it."""
 
 
+def learns_scales(term: nn.Module) -> bool:
+    """Whether its `fit` reads anything: answers to thousands of images are kept for nothing else."""
+    return getattr(type(term), "fit", None) is not Stateless.fit
+
+
 class Stateless(nn.Module):
     """A term that learns and remembers nothing."""
 
