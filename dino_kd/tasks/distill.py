@@ -199,7 +199,7 @@ def _linear(width: int, num_classes: int | None) -> nn.Linear | None:
     return layer
 
 
-def needed_taps(terms: Iterable[nn.Module], attribute: str) -> list[str]
+def needed_taps(terms: Iterable[nn.Module], attribute: str) -> list[str]:
     """The taps that some terms read, each once."""
     return list(dict.fromkeys(name for term in terms for name in getattr(term, attribute)))
 
