@@ -63,7 +63,7 @@ def match_classes(teacher: Teacher, class_names: Sequence[str], where: str) -> s
     if teacher.head is None:
         return None
     if known is None:
-        count = len(teacher.head.bias)  # type: ignore[arg-type]
+        count = number_of_logits(teacher)
         if count != len(class_names):
             raise ConfigError(
                 f"{where}: its logits are for {count} classes without names, the images have "
@@ -91,6 +91,12 @@ def match_classes(teacher: Teacher, class_names: Sequence[str], where: str) -> s
     return (
         f"{left_out} of {len(known)} classes of {teacher.name} are left out" if left_out else None
     )
+
+
+def number_of_logits(teacher: Teacher) -> int:
+    """Classes of its head; 0 without one."""
+    linear = teacher.head.linear if isinstance(teacher.head, LinearHead) else teacher.head
+    return len(linear.weight) if isinstance(linear, nn.Linear) else 0
 
 
 def randomise(teacher: Teacher, seed: int) -> None:
