@@ -152,8 +152,14 @@ def _tuned_classifier(path: Path, backbone: Backbone) -> tuple[nn.Linear, list[s
         with safe_open(path, "pt") as file:
             names = json.loads((file.metadata() or {}).get("classes", "null"))
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            has_token = "token_weight" in file.keys()  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no classifier ({error})") from error
+    if has_token:
+        raise CheckpointError(
+            f"{path} holds two classifiers, of class and distillation token, which cannot teach "
+            "yet; train one on its features with 'dino-kd linear' and name its file as head"
+        )
     if weight.shape != (len(names or []), backbone.embed_dim) or bias.shape != weight.shape[:1]:
         raise CheckpointError(
             f"{path} does not fit its backbone: weights {tuple(weight.shape)} for "
