@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dino_kd.config import load_settings
 from dino_kd.data.loader import EvalTransform, image_batches
@@ -43,7 +42,7 @@ from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
 from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
 from dino_kd.tasks.teacher import Teacher
 from dino_kd.teaching.images import TrainingImages, open_images, view_batches
-from dino_kd.teaching.teachers import match_classes, open_teacher, randomise
+from dino_kd.teaching.teachers import match_classes, number_of_logits, open_teacher, randomise
 from dino_kd.teaching.terms import make_terms, needs_labels, needs_logits
 from dino_kd.terms.term import learns_scales
 
@@ -233,6 +232,12 @@ def open_teachers(
             randomise(teacher, settings.seed + number)
         notes += teacher.backbone.notes
         teachers.append(teacher)
+    counts = [count for teacher in teachers if (count := number_of_logits(teacher))]
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"more_teachers: logits of {', '.join(map(str, counts))} classes cannot be averaged; "
+            "give teachers of the same classes, or leave their logits out: terms.preset=label_free"
+        )
     return teachers, notes
 
 
@@ -246,9 +251,7 @@ def classes_of(
         return None
     known = teachers[0].class_names
     if known is None:
-        linear = teachers[0].head
-        count = linear.out_features if isinstance(linear, nn.Linear) else 0
-        return [str(number) for number in range(count)]
+        return [str(number) for number in range(number_of_logits(teachers[0]))]
     return known
 
 

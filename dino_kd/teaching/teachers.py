@@ -63,7 +63,7 @@ def match_classes(teacher: Teacher, class_names: Sequence[str], where: str) -> s
     if teacher.head is None:
         return None
     if known is None:
-        count = len(teacher.head.bias)  # type: ignore[arg-type]
+        count = number_of_logits(teacher)
         if count != len(class_names):
             raise ConfigError(
                 f"{where}: its logits are for {count} classes without names, the images have "
@@ -91,6 +91,12 @@ def match_classes(teacher: Teacher, class_names: Sequence[str], where: str) -> s
     return (
         f"{left_out} of {len(known)} classes of {teacher.name} are left out" if left_out else None
     )
+
+
+def number_of_logits(teacher: Teacher) -> int:
+    """Classes of its head; 0 without one."""
+    linear = teacher.head.linear if isinstance(teacher.head, LinearHead) else teacher.head
+    return len(linear.weight) if isinstance(linear, nn.Linear) else 0
 
 
 def randomise(teacher: Teacher, seed: int) -> None:
@@ -146,8 +152,14 @@ def _tuned_classifier(path: Path, backbone: Backbone) -> tuple[nn.Linear, list[s
         with safe_open(path, "pt") as file:
             names = json.loads((file.metadata() or {}).get("classes", "null"))
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+            has_token = "token_weight" in file.keys()  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no classifier ({error})") from error
+    if has_token:
+        raise CheckpointError(
+            f"{path} holds two classifiers, of class and distillation token, which cannot teach "
+            "yet; train one on its features with 'dino-kd linear' and name its file as head"
+        )
     if weight.shape != (len(names or []), backbone.embed_dim) or bias.shape != weight.shape[:1]:
         raise CheckpointError(
             f"{path} does not fit its backbone: weights {tuple(weight.shape)} for "

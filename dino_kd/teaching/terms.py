@@ -139,10 +139,13 @@ def _map_term(
         return RelationTerm(**values, student_map=tap)
     hint = terms.feature_kd
     tap = _fitting_map(student, teacher) if hint.student_tap == "auto" else hint.student_tap
-    width = tap_shapes(student, [tap])[tap][0]
+    shape = tap_shapes(student, [tap])[tap]
+    if len(shape) != 3:
+        known = ", ".join(f"map-{stride}" for stride in map_strides(student))
+        raise ConfigError(f"student_tap={tap!r} is no map with channels; {student.name} has {known}")
     channels = teacher.shapes(["map"])["map"][0]
     rotate = terms.standardise == "phi_s" or (terms.standardise == "auto" and several)
-    return FeatureTerm(tap, width, channels, PhiS(channels) if rotate else Standardise(channels))
+    return FeatureTerm(tap, shape[0], channels, PhiS(channels) if rotate else Standardise(channels))
 
 
 def _logit_term(
@@ -169,6 +172,11 @@ def _logit_term(
             raise ConfigError(
                 f"{student.name} has no distillation token; use a student such as "
                 "deit_tiny_distilled_patch16_224, or logit_kd"
+            )
+        if not {"ce", "logit_kd", "dkd", "dist"} & terms.weights().keys():
+            raise ConfigError(
+                "the class token's classifier, half of the answer, would learn from nothing; give "
+                "terms.ce.weight or terms.logit_kd.weight too"
             )
         soft = functools.partial(kd_loss, temperature=terms.token_kd.temperature)
         loss: Callable = hard_label_loss if terms.token_kd.kind == "hard" else soft
