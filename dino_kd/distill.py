@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     if settings.arms or settings.students:
         from dino_kd.arms import compare
 
-        compare(settings)
+        for table in compare(settings):
+            print(table)  # noqa: T201
     else:
         distill(settings)
     return 0
