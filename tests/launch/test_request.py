@@ -333,6 +333,20 @@ def test_accounts_come_from_the_accounting(tmp_path: Path, monkeypatch: pytest.M
     assert "2-0 would wait for ever, partition gpu allows 1440 minutes" in text
 
 
+def test_an_unknown_qos_is_named_with_those_of_every_association(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sacctmgr prints the QOS of an association in one line, separated by commas."""
+    tool(tmp_path, "scontrol", "PartitionName=gpu Default=YES TotalNodes=4 MaxTime=UNLIMITED")
+    tool(tmp_path, "sacctmgr", "normal,high\nnormal,scavenge\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ConfigError) as caught:
+        cluster.check_request(SlurmSettings(qos="hihg"))
+    assert "slurm.qos: unknown qos 'hihg'; did you mean 'high'?" in str(caught.value)
+    assert "Accepted: high, normal, scavenge." in str(caught.value)
+    cluster.check_request(SlurmSettings(qos="scavenge"))
+
+
 def test_a_warning_longer_than_the_job_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
