@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,7 +225,8 @@ def build_student(settings: DistillConfig) -> Backbone:
         )
         check_input_size(backbone, size, where="student.image_size")
     except (ConfigError, CheckpointError) as error:
-        raise type(error)(str(error).replace("model.", "student.")) from None
+        words = re.sub(r"\bmodel\.(?=[a-z_]+:)", "student.", str(error))
+        raise type(error)(re.sub(r"^image size:", "student.image_size:", words)) from None
     return backbone
 
 
