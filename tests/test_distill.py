@@ -62,7 +62,12 @@ def teacher(tmp_path_factory):
     torch.manual_seed(1)
     args = {k: v for k, v in SMALL_VIT.items() if k != "patch_size"}
     backbone = create_backbone(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, args=args, mean=(0.4,) * 3, std=(0.3,) * 3
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        args=args,
+        mean=(0.4,) * 3,
+        std=(0.3,) * 3,
     ).eval()
     save_backbone(backbone, root / "net")
     origin = HeadOrigin("x", backbone_hash(backbone), (32, 32), backbone.mean, backbone.std)
@@ -81,9 +86,7 @@ def words(images, teacher, run_dir, *more):
 
 
 def settings(images, teacher, run_dir, *more):
-    return load_settings(
-        DistillConfig, words(images, teacher, run_dir, *more), command="distill"
-    )
+    return load_settings(DistillConfig, words(images, teacher, run_dir, *more), command="distill")
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +293,9 @@ def test_all_terms_at_once_with_two_teachers(images, teacher, tmp_path):
     rows = read_metrics(run)
     for name in ALL_TERMS:
         assert np.isfinite(rows[-1][f"loss/{name}"])
-    assert [row["weight/feature_kd"] for row in rows] == pytest.approx([0.25, 0.25 * 2 / 3, 0.25 / 3])
+    assert [row["weight/feature_kd"] for row in rows] == pytest.approx(
+        [0.25, 0.25 * 2 / 3, 0.25 / 3]
+    )
     assert rows[0]["weight/feature_kd@1"] == pytest.approx(0.75)
     assert rows[0]["weight/attention_kd@1"] == pytest.approx(0.75)
     # the targets were standardised before the first step, from the teacher's own maps
