@@ -41,7 +41,7 @@ from dino_kd.pretrained import CLASSIFIER_FILE, backbone_from_settings, save_bac
 from dino_kd.rundir import end_of_training, open_run, restore, training_state, with_absolute_path
 from dino_kd.runlog import RunLog
 from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
-from dino_kd.tasks.distill import DistillTask, Student
+from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
 from dino_kd.tasks.teacher import Teacher
 from dino_kd.teaching.images import TrainingImages, open_images, view_batches
 from dino_kd.teaching.teachers import match_classes, number_of_logits, open_teacher, randomise
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
     if settings.arms or settings.students:
         from dino_kd.arms import compare
 
-        compare(settings)
+        for table in compare(settings):
+            print(table)  # noqa: T201
     else:
         distill(settings)
     return 0
@@ -375,9 +376,9 @@ def fit_terms(lesson: Lesson) -> None:
         terms = [
             term
             for name, term in lesson.task.terms.items()
-            if int(name.partition("@")[2] or 0) == number and learns_scales(term)
+            if teacher_of(name) == number and learns_scales(term)
         ]
-        names = list(dict.fromkeys(tap for term in terms for tap in term.teacher_taps))
+        names = needed_taps(terms, "teacher_taps")
         if not names:
             continue
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -387,7 +388,7 @@ def fit_terms(lesson: Lesson) -> None:
                 collected[name].append(values)
         answers = {name: torch.cat(values) for name, values in collected.items()}
         for term in terms:
-            term.fit(answers)
+            term.fit(answers)  # type: ignore[operator]
 
 
 def recalibrates(lesson: Lesson) -> bool:

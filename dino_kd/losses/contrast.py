@@ -124,7 +124,8 @@ def crd_loss(
 
     Args:
         student: ``[B, D]``.
-        teacher: ``[B, D]``, without gradient.
+        teacher: ``[B, D]``, the embedding of a frozen feature: gradients reach it, because the
+            layer that embeds the teacher trains too.
         student_negatives: ``[B, K, D]``, unit vectors of other images from `MemoryBank.student`.
         teacher_negatives: ``[B, K, D]``, likewise from `MemoryBank.teacher`.
         temperature: > 0.
@@ -142,8 +143,8 @@ def crd_loss(
                 f"negatives must be [B, K, D] for features {list(student.shape)}, "
                 f"got {list(negatives.shape)}"
             )
-    forward = _scores(student, teacher.detach(), teacher_negatives)
-    backward = _scores(teacher.detach(), student, student_negatives)
+    forward = _scores(student, teacher, teacher_negatives)
+    backward = _scores(teacher, student, student_negatives)
     return _nce(forward / temperature, z_student, num_images) + _nce(
         backward / temperature, z_teacher, num_images
     )

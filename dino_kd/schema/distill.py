@@ -270,7 +270,7 @@ class TermsSettings(Settings):
 
 
 TERM_PRESETS: dict[str, dict[str, float]] = {
-    "labels": {"ce": 1.0, "logit_kd": 4.0},
+    "labels": {"ce": 0.1, "logit_kd": 4.0},
     "label_free": {"cosine_kd": 1.0, "relation_kd": 0.5},
     "none": {},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,10 @@ class Student(nn.Module):
         As `Teacher.answers`; with a distillation token "logits" are those of the class token and
         "token_logits" those of the distillation token.
         """
-        x = self.backbone.preprocess(pixels)
+        return self.answers_to(self.backbone.preprocess(pixels), names)
+
+    def answers_to(self, x: Tensor, names: Sequence[str]) -> Answers:
+        """As `answers`, of normalised images ``[B, C, H, W]``."""
         source = "prefix" if self.token_classifier is not None else "output"
         wanted = [name for name in names if name not in ("logits", "token_logits")]
         asks_logits = len(wanted) < len(names)
@@ -61,9 +64,13 @@ class Student(nn.Module):
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Class scores ``[B, Y]`` of images in 0..255; of two classifiers the mean."""
+        return self.logits_of(self.backbone.preprocess(pixels))
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """As `logits`, of normalised images ``[B, C, H, W]``."""
         if self.token_classifier is None:
-            return self.answers(pixels, ["logits"])["logits"]
-        made = self.answers(pixels, ["logits", "token_logits"])
+            return self.answers_to(x, ["logits"])["logits"]
+        made = self.answers_to(x, ["logits", "token_logits"])
         return (made["logits"] + made["token_logits"]) / 2
 
 
@@ -95,7 +102,7 @@ class DistillTask(nn.Module):
         self.teachers = tuple(teachers)  # a tuple: not registered
         self.average = copy.deepcopy(student).requires_grad_(False) if ema else None
         self.ema = ema
-        self.student_taps = _needed(terms.values(), "student_taps")
+        self.student_taps = needed_taps(terms.values(), "student_taps")
         self.teacher_taps = [self._asked_of(number) for number in range(len(self.teachers))]
         self._statistics = BatchNormStatistics(self)
         self.train()
@@ -132,7 +139,7 @@ class DistillTask(nn.Module):
             answers = [{**one, "logits": mean} for one in answers]
         student = self.student.answers(pixels, self.student_taps)
         losses = {
-            name: term(student, answers[_teacher_of(name)] if answers else {}, views)
+            name: term(student, answers[teacher_of(name)] if answers else {}, views)
             for name, term in self.terms.items()
         }
         parts = {name: values[f"weight/{name}"] * loss for name, loss in losses.items()}
@@ -141,7 +148,8 @@ class DistillTask(nn.Module):
             return total, {}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         for name, term in self.terms.items():
-            metrics |= {f"{key}/{name}": value for key, value in term.measure().items()}
+            told = term.measure()  # type: ignore[operator]
+            metrics |= {f"{key}/{name}": value for key, value in told.items()}
         if scored and "logits" in student:
             metrics |= _fidelity(student["logits"].detach().float(), answers[0]["logits"].float())
         if values.get("compare_gradients"):
@@ -181,9 +189,9 @@ class DistillTask(nn.Module):
 
     def _asked_of(self, number: int) -> list[str]:
         """What the terms of one teacher read; logits are asked of all that have them."""
-        mine = [term for name, term in self.terms.items() if _teacher_of(name) == number]
-        names = _needed(mine, "teacher_taps")
-        reads_logits = "logits" in _needed(self.terms.values(), "teacher_taps")
+        mine = [term for name, term in self.terms.items() if teacher_of(name) == number]
+        names = needed_taps(mine, "teacher_taps")
+        reads_logits = "logits" in needed_taps(self.terms.values(), "teacher_taps")
         if reads_logits and self.teachers[number].head is not None and "logits" not in names:
             names.append("logits")
         return [name for name in names if name != "logits" or self.teachers[number].head]
@@ -198,12 +206,13 @@ def _linear(width: int, num_classes: int | None) -> nn.Linear | None:
     return layer
 
 
-def _needed(terms, attribute: str) -> list[str]:  # type: ignore[no-untyped-def]
+def needed_taps(terms: Iterable[nn.Module], attribute: str) -> list[str]:
     """The taps that some terms read, each once."""
     return list(dict.fromkeys(name for term in terms for name in getattr(term, attribute)))
 
 
-def _teacher_of(name: str) -> int:
+def teacher_of(name: str) -> int:
+    """The number of the teacher that a term of this name reads."""
     return int(name.partition("@")[2] or 0)
 
 

@@ -87,11 +87,10 @@ class ContrastTerm(Stateless):
         others = self.bank.student[drawn], self.bank.teacher[drawn]
         z = self.bank.normalisers(ours, theirs, *others, temperature=self.temperature)
         self.bank.observe(indices, ours, theirs)
-        known = {"temperature": self.temperature, "num_images": len(self.bank.student)}
-        loss = crd_loss(ours, theirs, *others, z_student=z[0], z_teacher=z[1], **known)
-        # The same number with the roles exchanged: what the teacher's embedding learns from.
-        mirror = crd_loss(theirs, ours, *others[::-1], z_student=z[1], z_teacher=z[0], **known)
-        return loss + mirror - mirror.detach()
+        return crd_loss(
+            ours, theirs, *others, temperature=self.temperature,
+            num_images=len(self.bank.student), z_student=z[0], z_teacher=z[1],
+        )  # fmt: skip
 
     def after_step(self, skipped: bool) -> None:
         """Remember this step's embeddings."""

@@ -34,7 +34,7 @@ class Term(Protocol):
 
 
 def learns_scales(term: nn.Module) -> bool:
-    """Whether its `fit` reads anything: answers to thousands of images are kept for nothing else."""
+    """Whether its `fit` reads anything; answers to many images are kept for nothing else."""
     return getattr(type(term), "fit", None) is not Stateless.fit
 
 
