@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dino_kd.config import load_settings
 from dino_kd.data.loader import EvalTransform, image_batches
@@ -161,6 +163,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
         labelled_share=images.labelled_share,
     )  # fmt: skip
     task = DistillTask(learner, teachers, made, ema=settings.student.ema).to(device)
+    check_part_of_batch(settings, task)
     for teacher in teachers:
         teacher.to(device)
     for backbone in (student, *(teacher.backbone for teacher in teachers)):
@@ -172,6 +175,22 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
         tracker=settings.log.tracker,
     )
     return Lesson(settings, device, images, span, teachers, task, weights, class_names, log, notes)
+
+
+def check_part_of_batch(settings: DistillConfig, task: DistillTask) -> None:
+    """Raise ConfigError when one process's micro-batch is too small for what compares images."""
+    optim, relation = settings.optim, settings.terms.relation_kd
+    has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules())
+    least, reason = (2, "batch norm") if has_norms else (1, "")
+    if relation.weight:
+        least, reason = (3 if relation.angle else 2), "terms.relation_kd"
+    images = optim.batch_size // (optim.accumulate * world_size())
+    if images < least:
+        raise ConfigError(
+            f"optim.batch_size: {optim.batch_size} images in {optim.accumulate} micro-batches on "
+            f"{world_size()} processes are {images} at a time, and {reason} needs at least {least};"
+            " take a larger batch, or a smaller optim.accumulate"
+        )
 
 
 def resolve(settings: DistillConfig, precision: str) -> DistillConfig:
@@ -208,7 +227,8 @@ def build_student(settings: DistillConfig) -> Backbone:
         )
         check_input_size(backbone, size, where="student.image_size")
     except (ConfigError, CheckpointError) as error:
-        raise type(error)(str(error).replace("model.", "student.")) from None
+        words = re.sub(r"\bmodel\.(?=[a-z_]+:)", "student.", str(error))
+        raise type(error)(re.sub(r"^image size:", "student.image_size:", words)) from None
     return backbone
 
 
