@@ -107,7 +107,7 @@ def view_of(views: Views) -> dict[str, Any]:
         "own": None if mix is None else mix.own,
         "box": None if mix is None or mix.box is None else list(mix.box),
         "shape": list(views.images.shape),
-        "crc32": zlib.crc32(views.images.cpu().contiguous().numpy()),
+        "crc32": zlib.crc32(views.images.cpu().contiguous().numpy().data),
     }
 
 
