@@ -48,11 +48,8 @@ LAYERS = {
     "dino_kd.presets": 5,
     "dino_kd.pretrained": 5,
     "dino_kd.rundir": 5,
-    "dino_kd.teaching": 5,
-    "dino_kd.teacher_cache": 5,
     "dino_kd.pretrain": 6,
     "dino_kd.distill": 6,
-    "dino_kd.arms": 6,
     "dino_kd.demo": 6,
     "eval": 7,
     "launch": 7,
@@ -62,9 +59,6 @@ LAYERS = {
 SIDEWAYS = {
     # the demo is the pretraining story told with an example
     ("dino_kd.demo", "dino_kd.pretrain"),
-    # arms are distillations side by side; distill starts them
-    ("dino_kd.arms", "dino_kd.distill"),
-    ("dino_kd.distill", "dino_kd.arms"),
     # what is kept is what was extracted
     ("dino_kd.feature_cache", "dino_kd.features"),
 }

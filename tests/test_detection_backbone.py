@@ -10,7 +10,7 @@ import torch
 
 from dino_kd import load_backbone
 from dino_kd.config import load_settings
-from dino_kd.distill import distill
+from dino_kd.distill.story import distill
 from dino_kd.models.backbone import create_backbone
 from dino_kd.pretrained import save_backbone
 from dino_kd.schema import DistillConfig

@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dino_kd.config import load_settings
 from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.distill.cache import TeacherCache, teacher_folder
+from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
+from dino_kd.distill.teachers import match_classes, number_of_logits, open_teacher, randomise
+from dino_kd.distill.terms import make_terms, needs_labels, needs_logits
 from dino_kd.distributed import is_main_process, on_main, process_group, world_size
 from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.fidelity import FidelityMonitor
@@ -43,27 +46,10 @@ from dino_kd.runlog import RunLog
 from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
 from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teacher_cache import TeacherCache, teacher_folder
-from dino_kd.teaching.images import TrainingImages, open_images, view_batches, view_policies
-from dino_kd.teaching.teachers import match_classes, number_of_logits, open_teacher, randomise
-from dino_kd.teaching.terms import make_terms, needs_labels, needs_logits
 from dino_kd.terms.term import learns_scales
 
 PROJECTORS_FILE = "projectors.safetensors"
 _FIT_IMAGES = 2048  # from which the scales of a teacher's features are learned
-
-
-def main(argv: list[str]) -> int:
-    """`dino-kd distill [CONFIG] a.b=c ...`."""
-    settings = load_settings(DistillConfig, argv, command="distill")
-    if settings.arms or settings.students:
-        from dino_kd.arms import compare
-
-        for table in compare(settings):
-            print(table)  # noqa: T201
-    else:
-        distill(settings)
-    return 0
 
 
 @dataclass

@@ -23,7 +23,7 @@ from dino_kd import cli, load_backbone
 from dino_kd.config import load_settings
 from dino_kd.data.loader import EvalTransform
 from dino_kd.data.specs import make_dataset
-from dino_kd.distill import Lesson, clean_batches, distill, prepare, train
+from dino_kd.distill.story import Lesson, clean_batches, distill, prepare, train
 from dino_kd.engine import loop
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
 from dino_kd.engine.schedules import faded
@@ -35,7 +35,7 @@ from dino_kd.models.linear_head import HeadOrigin, LinearHead, save_linear_head
 from dino_kd.pretrained import backbone_hash, save_backbone
 from dino_kd.schema import DistillConfig
 from eval import knn
-from tests.teaching.timm_folder import write_timm_folder
+from tests.distill.timm_folder import write_timm_folder
 from tests.tiny import read_metrics, without_times, write_images
 
 TINY = [
@@ -379,7 +379,7 @@ def test_a_killed_end_is_saved_by_the_next_start(whole, images, teacher, tmp_pat
     """After the last checkpoint, before the recalibrated student was written."""
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("dino_kd.distill.recalibrate", lambda *a: 1 / 0)
+        patch.setattr("dino_kd.distill.story.recalibrate", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distill(settings(images, teacher, run_dir, *RICH))
     distill(settings(images, teacher, run_dir, *RICH, "resume=auto"))
@@ -527,7 +527,7 @@ def test_the_teacher_that_changes_is_noticed(images, teacher, tmp_path, monkeypa
         lesson.teachers[0].head.linear.bias.data += 1
         return train(lesson, *rest)
 
-    monkeypatch.setattr("dino_kd.distill.train", spoil)
+    monkeypatch.setattr("dino_kd.distill.story.train", spoil)
     with pytest.raises(CheckpointError, match="the teacher changed"):
         distill(settings(images, teacher, tmp_path / "run", "optim.length=1"))
 

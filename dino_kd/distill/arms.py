@@ -22,7 +22,10 @@ from torch import Tensor
 from dino_kd.config import load_settings
 from dino_kd.data.dataset import subset
 from dino_kd.data.loader import EvalTransform
-from dino_kd.distill import build_student, distill, open_teachers
+from dino_kd.distill.cache import shared_cache
+from dino_kd.distill.images import TrainingImages, open_images
+from dino_kd.distill.story import build_student, distill, open_teachers
+from dino_kd.distill.terms import needs_labels
 from dino_kd.distributed import is_main_process, on_main, process_group, processes_here
 from dino_kd.errors import ConfigError, DataError
 from dino_kd.features import FeatureBank, default_resize, extract_with
@@ -33,9 +36,6 @@ from dino_kd.presets import loader_processes, make_span
 from dino_kd.pretrained import CLASSIFIER_FILE, load_backbone
 from dino_kd.schema import DistillConfig
 from dino_kd.tasks.distill import Student
-from dino_kd.teacher_cache import shared_cache
-from dino_kd.teaching.images import TrainingImages, open_images
-from dino_kd.teaching.terms import needs_labels
 
 _NEIGHBOURS = 20
 _SMOOTHING = 0.1  # of scratch_plus: the usual regulariser that a teacher would make superfluous

@@ -10,9 +10,9 @@ import torch
 
 from dino_kd.config import load_settings
 from dino_kd.data.specs import make_dataset
+from dino_kd.distill.images import open_images
 from dino_kd.errors import ConfigError, DataError
 from dino_kd.schema import DistillConfig, FinetuneConfig
-from dino_kd.teaching.images import open_images
 from eval import labelled
 from tests.tiny import write_images
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dino_kd import load_backbone
+from dino_kd.distill.teachers import match_classes, open_teacher, randomise
 from dino_kd.engine.checkpoint import load_checkpoint
 from dino_kd.errors import CheckpointError, ConfigError
 from dino_kd.models.backbone import create_backbone
@@ -19,8 +20,7 @@ from dino_kd.models.linear_head import load_linear_head
 from dino_kd.pretrained import save_backbone
 from dino_kd.schema import DistillTeacherSettings
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.teachers import match_classes, open_teacher, randomise
-from tests.teaching.timm_folder import CLASSES, write_timm_folder
+from tests.distill.timm_folder import CLASSES, write_timm_folder
 
 close = torch.testing.assert_close
 
