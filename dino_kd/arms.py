@@ -33,6 +33,7 @@ from dino_kd.presets import loader_processes, make_span
 from dino_kd.pretrained import CLASSIFIER_FILE, load_backbone
 from dino_kd.schema import DistillConfig
 from dino_kd.tasks.distill import Student
+from dino_kd.teacher_cache import shared_cache
 from dino_kd.teaching.images import TrainingImages, open_images
 from dino_kd.teaching.terms import needs_labels
 
@@ -69,13 +70,14 @@ def compare(settings: DistillConfig) -> list[str]:
     check_arms(settings)
     students = settings.students or [settings.student.backbone]
     tables = []
-    for student in students:
-        folder = Path(settings.run_dir) / (student if len(students) > 1 else "")
-        network = settings.student.model_copy(update={"backbone": student})
-        one = settings.model_copy(update={"student": network, "run_dir": str(folder)})
-        result = compare_arms(one, folder)
-        if result:
-            tables.append(table(result))
+    with shared_cache(settings) as shared:
+        for student in students:
+            folder = Path(settings.run_dir) / (student if len(students) > 1 else "")
+            network = settings.student.model_copy(update={"backbone": student})
+            one = shared.model_copy(update={"student": network, "run_dir": str(folder)})
+            result = compare_arms(one, folder)
+            if result:
+                tables.append(table(result))
     return tables
 
 

@@ -43,7 +43,8 @@ from dino_kd.runlog import RunLog
 from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
 from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.images import TrainingImages, open_images, view_batches
+from dino_kd.teacher_cache import TeacherCache, teacher_folder
+from dino_kd.teaching.images import TrainingImages, open_images, view_batches, view_policies
 from dino_kd.teaching.teachers import match_classes, number_of_logits, open_teacher, randomise
 from dino_kd.teaching.terms import make_terms, needs_labels, needs_logits
 from dino_kd.terms.term import learns_scales
@@ -301,9 +302,12 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         known=state["broken"] if state else (),
     )
     hooks: list[Hook] = [FidelityMonitor(log.warn, total_steps=span.total_steps), broken]
+    cache = open_cache(lesson)
 
     def save(progress: Progress) -> None:
         broken.exchange()
+        if cache is not None:
+            cache.flush()
 
         def write() -> None:
             state = training_state(
@@ -319,7 +323,11 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         settings, lesson.images, task.student.backbone.img_size, start_step=progress.step,
         total_steps=span.total_steps, device=lesson.device, broken=broken,
     )  # fmt: skip
-    cleanup.callback(batches.close)  # type: ignore[attr-defined]
+    cleanup.callback(batches.close)
+    if cache is not None:
+        cleanup.callback(cache.close)
+        batches = cache.answered(batches, progress.step)
+        cleanup.callback(batches.close)
     progress = fit(
         task,
         batches,
@@ -344,8 +352,30 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         hooks=hooks,
         stop=stop,
     )
+    if cache is not None:
+        cache.report()
     end_of_training(settings.run_dir, progress, broken, log, command="distill")
     return progress
+
+
+def open_cache(lesson: Lesson) -> TeacherCache | None:
+    """The cache of the teachers' answers, claimed; None for none. Raises UserError."""
+    settings, folder = lesson.settings, teacher_folder(lesson.settings)
+    if folder is None or not lesson.teachers:
+        return None
+    size, train = lesson.task.student.backbone.img_size, lesson.images.train
+    identity = {
+        "images": on_main(train.fingerprint),
+        "views": repr(view_policies(settings, size)),
+        "seed": settings.seed,
+        "batch_size": settings.optim.batch_size,
+    }
+    cache = TeacherCache(
+        lesson.teachers, lesson.task.teacher_taps, folder, identity, settings.cache_limit,
+        lesson.device, settings.optim.precision, settings.optim.accumulate,
+        say=lesson.log.say, warn=lesson.log.warn,
+    )  # fmt: skip
+    return cache if cache.open(settings.optim.batch_size, lesson.span.total_steps) else None
 
 
 def make_schedules(lesson: Lesson) -> dict[str, Schedule]:
