@@ -74,12 +74,12 @@ def test_images_without_labels_do_for_a_teacher_alone(images, tmp_path):
     folder = unlabelled(images, tmp_path / "flat")
     opened = open_images(settings(folder, tmp_path / "run"), labels_for=[])
     assert len(opened.train) == 8
-    with pytest.raises(DataError, match="has no labels .*terms.ce needs them.*label_free"):
+    with pytest.raises(DataError, match=r"has no labels .*terms.ce needs them.*label_free"):
         open_images(settings(folder, tmp_path / "run"), labels_for=["ce"])
 
 
 def test_no_labels_wanted_where_a_term_needs_them(images, tmp_path):
-    with pytest.raises(DataError, match="data.labels=0, but terms.dkd needs labels"):
+    with pytest.raises(DataError, match=r"data.labels=0, but terms.dkd needs labels"):
         open_images(settings(images, tmp_path / "run", "data.labels=0"), labels_for=["dkd"])
 
 
@@ -91,12 +91,12 @@ def test_the_test_set_is_scored_in_the_classes_of_the_training_set(images, tmp_p
     )
     assert sorted(opened.test_labels.tolist()) == [1, 1, 1, 2, 2, 2]
     (other / "class_1").rename(other / "cat")
-    with pytest.raises(DataError, match="data.test: .*the training images lack: cat"):
+    with pytest.raises(DataError, match=r"data.test: .*the training images lack: cat"):
         open_images(settings(images, tmp_path / "run", f"data.test={other}"), labels_for=["ce"])
 
 
 def test_a_run_inside_the_images_and_images_that_are_not_there_are_refused(images, tmp_path):
-    with pytest.raises(ConfigError, match="run_dir: .* lies inside the training folder"):
+    with pytest.raises(ConfigError, match=r"run_dir: .* lies inside the training folder"):
         open_images(settings(images, images / "run"), labels_for=[])
-    with pytest.raises(DataError, match="data.train: .*nowhere"):
+    with pytest.raises(DataError, match=r"data.train: .*nowhere"):
         open_images(settings(tmp_path / "nowhere", tmp_path / "run"), labels_for=[])

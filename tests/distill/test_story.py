@@ -285,7 +285,8 @@ def test_all_terms_at_once_with_two_teachers(images, teacher, tmp_path):
             images, teacher, tmp_path / "run", "optim.length=3", "terms.preset=none",
             *[f"terms.{name}.weight={weight}" for name, weight in ALL_TERMS.items()],
             "terms.attention_kd.strides=[8]", "terms.crd.negatives=16", "terms.crd.dim=8",
-            "terms.cosine_kd.hidden_dim=16", "terms.relation_kd.tokens=1", "terms.feature_kd.fade=1",
+            "terms.cosine_kd.hidden_dim=16", "terms.relation_kd.tokens=1",
+            "terms.feature_kd.fade=1",
             f"more_teachers=[{{backbone: {teacher}/net, head: {teacher}/head.safetensors, "
             "image_size: 48, weight: 3}]",
         )
@@ -412,7 +413,7 @@ def test_other_settings_are_refused_on_resume(whole, images, teacher):
     ):
         with pytest.raises(ConfigError, match=name):
             distill(settings(images, teacher, whole, *RICH, change, "resume=true"))
-    with pytest.raises(ConfigError, match="already holds a run .*resume=true"):
+    with pytest.raises(ConfigError, match=r"already holds a run .*resume=true"):
         distill(settings(images, teacher, whole, *RICH))
 
 

@@ -69,7 +69,7 @@ def test_a_timm_folder_with_its_own_classifier(tmp_path):
     teacher = opened(f"local-dir:{tmp_path}/net", head="timm")
     close(logits_of(teacher), net((pixels() / 255 - 0.4) / 0.2), rtol=1e-4, atol=1e-5)
     assert teacher.class_names == names
-    with pytest.raises(ConfigError, match="teacher.head=timm is for 'timm:NAME'"):
+    with pytest.raises(ConfigError, match=r"teacher.head=timm is for 'timm:NAME'"):
         opened(tmp_path / "net", head="timm")
     write_timm_folder(tmp_path / "nameless", 4)
     assert opened(f"local-dir:{tmp_path}/nameless", head="timm").class_names is None
@@ -101,7 +101,7 @@ def test_without_prototypes_the_term_is_refused(what, pretrained):
     source, more = (pretrained / "backbone", {}) if what == "folder" else (pretrained, {})
     if what == "untrained":
         more = {"branch": "untrained"}
-    with pytest.raises(ConfigError, match="terms.prototype_kd needs the projection head of a run"):
+    with pytest.raises(ConfigError, match=r"terms.prototype_kd needs the projection head of a run"):
         opened(source, logits=False, prototypes=True, **more)
 
 
@@ -123,7 +123,7 @@ def test_a_missing_head_names_the_places_and_three_cures(pretrained):
 
 
 def test_a_head_of_other_weights_is_refused(pretrained):
-    with pytest.raises(CheckpointError, match="trained on other weights.*dino-kd linear"):
+    with pytest.raises(CheckpointError, match=r"trained on other weights.*dino-kd linear"):
         opened(
             pretrained,
             branch="untrained",

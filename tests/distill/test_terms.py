@@ -1,4 +1,4 @@
-"""From settings to terms: every kind is built as asked, and what does not fit is refused at once."""
+"""From settings to terms: every kind is built as asked; what does not fit is refused at once."""
 
 from __future__ import annotations
 
