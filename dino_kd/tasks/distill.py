@@ -44,7 +44,10 @@ class Student(nn.Module):
         As `Teacher.answers`; with a distillation token "logits" are those of the class token and
         "token_logits" those of the distillation token.
         """
-        x = self.backbone.preprocess(pixels)
+        return self.read(self.backbone.preprocess(pixels), names)
+
+    def read(self, x: Tensor, names: Sequence[str]) -> Answers:
+        """`answers` of images ``[B, C, H, W]`` that are normalised already."""
         source = "prefix" if self.token_classifier is not None else "output"
         wanted = [name for name in names if name not in ("logits", "token_logits")]
         asks_logits = len(wanted) < len(names)

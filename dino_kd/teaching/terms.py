@@ -142,7 +142,9 @@ def _map_term(
     shape = tap_shapes(student, [tap])[tap]
     if len(shape) != 3:
         known = ", ".join(f"map-{stride}" for stride in map_strides(student))
-        raise ConfigError(f"student_tap={tap!r} is no map with channels; {student.name} has {known}")
+        raise ConfigError(
+            f"student_tap={tap!r} is no map with channels; {student.name} has {known}"
+        )
     channels = teacher.shapes(["map"])["map"][0]
     rotate = terms.standardise == "phi_s" or (terms.standardise == "auto" and several)
     return FeatureTerm(tap, shape[0], channels, PhiS(channels) if rotate else Standardise(channels))
