@@ -27,7 +27,7 @@ from dino_kd.data.dataset import ImageDataset, require_labels, subset
 from dino_kd.data.loader import EvalTransform
 from dino_kd.distributed import on_main, processes_here, world_size
 from dino_kd.errors import CheckpointError
-from dino_kd.features import default_resize, extract_features, extract_with
+from dino_kd.features import FeatureBank, default_resize, extract_features, extract_with
 from dino_kd.files import write_json, write_tensors
 from dino_kd.losses.logits import mean_probability_logits
 from dino_kd.models.linear_head import LinearHead
@@ -63,7 +63,7 @@ class Exam:
     bank: ImageDataset | None = None
     bank_labels: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Changes when other images are asked about, or vote."""
         return f"{self.test.fingerprint()} {self.bank.fingerprint() if self.bank else 'itself'}"
@@ -136,10 +136,12 @@ def answer_of_student(
         device=device,
     )
     seen = ask(exam.test, describe=lambda x: student.read(x, ["output", *scores]))
-    bank = exam.bank and ask(exam.bank, describe=lambda x: student.read(x, ["output"]))
+    bank = None
+    if exam.bank is not None:
+        bank = ask(exam.bank, describe=lambda x: student.read(x, ["output"]))
     logits = torch.stack([seen.part(name) for name in scores]).mean(0) if scores else None
     return Answer(
-        seen.features, seen.indices, bank and bank.features, bank and bank.indices,
+        seen.features, seen.indices, *_voting(bank),
         aligned(logits, names, exam.class_names),
         {"source": str(run_dir), "architecture": backbone.name, "sha256": backbone_hash(backbone),
          "image_size": list(size)},
@@ -171,10 +173,10 @@ def answer_of_teachers(
             given = aligned(torch.cat(rows).cpu(), teacher.class_names, exam.class_names)
             logits += [] if given is None else [given]
         if number == 0:
-            first = {"seen": seen, "bank": exam.bank and ask(exam.bank)}
+            first = {"seen": seen, "bank": None if exam.bank is None else ask(exam.bank)}
     seen, bank = first["seen"], first["bank"]
     return Answer(
-        seen.features, seen.indices, bank and bank.features, bank and bank.indices,
+        seen.features, seen.indices, *_voting(bank),
         mean_probability_logits(logits) if len(logits) > 1 else logits[0] if logits else None,
         {"source": [teacher.name for teacher in teachers],
          "architecture": [teacher.backbone.name for teacher in teachers],
@@ -230,6 +232,12 @@ def record(
     """Score an answer and write `RESULT_FILE` and `LOGITS_FILE` into `folder`; main process only.
 
     Args:
+        folder: an arm's run directory, or the teacher's folder.
+        answer: of the network.
+        exam: what was asked.
+        settings: of the arm, for the record.
+        device: for the record, and where neighbours are searched on a GPU.
+        training: steps and seconds, for the record.
         teacher: the tensors of the teacher's own `LOGITS_FILE`; None: there is nothing to follow.
     """
     started = time.perf_counter()
@@ -334,6 +342,10 @@ def _neighbours(
     used = similarity.shape[1]
     best = knn.vote(similarity, voters[index], len(exam.class_names), [used])[used][:, 0]
     return (best == truth).to(torch.uint8), scores[NEIGHBOURS]
+
+
+def _voting(bank: FeatureBank | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if bank is None else (bank.features, bank.indices)
 
 
 def _flat(found: dict[str, float]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from dino_kd.arm_scores import (
     record,
 )
 from dino_kd.distill import distill, open_teachers, prepare, resolve
-from dino_kd.distributed import broadcast, is_main_process, on_main, process_group
+from dino_kd.distributed import is_main_process, on_main, process_group
 from dino_kd.engine.precision import choose_precision
 from dino_kd.errors import ConfigError, DataError, Interrupted, UserError
 from dino_kd.files import write_json, write_text
@@ -177,6 +177,8 @@ def arm_settings(settings: DistillConfig, arm: Arm, span: Span | None, steps: in
     """The settings of one arm.
 
     Args:
+        settings: of the comparison.
+        arm: which one.
         span: of kd; what is written in its epochs becomes steps. None: kd itself.
         steps: length of a scratch arm.
     """
@@ -211,7 +213,7 @@ def run_arm(
         return
     steps, equal_time = span.total_steps, None
     if arm.name == "scratch_plus":
-        equal_time = broadcast(on_main(functools.partial(equal_wall_clock, arm, settings)))
+        equal_time = on_main(functools.partial(equal_wall_clock, arm, settings))
         steps = equal_time["steps"]
     made = arm_settings(settings, arm, span, steps)
     if not on_main(lambda: (arm.folder / RESULT_FILE).is_file()):  # else: other test images

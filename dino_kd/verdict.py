@@ -46,6 +46,8 @@ def judge(
     Args:
         arms: by name, one entry for each of `seeds`, all on the same N images.
         teacher: on the same images.
+        student: its name.
+        seeds: of the arms.
 
     The measure is top-1 where every arm has class scores, else k-NN.
     """
