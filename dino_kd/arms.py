@@ -176,6 +176,9 @@ def folder_name(student: str) -> str:
 def arm_settings(settings: DistillConfig, arm: Arm, span: Span | None, steps: int) -> DistillConfig:
     """The settings of one arm.
 
+    scratch has cross-entropy at weight 1, whatever its weight beside the teacher: a smaller loss
+    would be a smaller learning rate for some optimisers, and no fair opponent.
+
     Args:
         settings: of the comparison.
         arm: which one.
@@ -193,11 +196,10 @@ def arm_settings(settings: DistillConfig, arm: Arm, span: Span | None, steps: in
     }
     if arm.name.startswith("scratch"):
         assert span is not None
-        weight = settings.terms.ce.weight or 1.0
         optim = {"length": steps}
         if parse_length(settings.optim.warmup).unit == "ep":
             optim["warmup"] = span.warmup
-        update["terms"] = TermsSettings(preset="none", ce={"weight": weight})  # type: ignore[arg-type]
+        update["terms"] = TermsSettings(preset="none", ce={"weight": 1.0})  # type: ignore[arg-type]
         update["optim"] = settings.optim.model_copy(update=optim)
     if arm.name == "scratch_plus" and not settings.augment.label_smoothing:
         update["augment"] = settings.augment.model_copy(update={"label_smoothing": _SMOOTHING})
