@@ -32,7 +32,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("dino_kd.demo", "pretrain on generated images and show what was learned"),
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
-    "distill": Command("dino_kd.distill", "teach a small network what a backbone knows"),
+    "distill": Command("dino_kd.distill.command", "teach a small network what a backbone knows"),
     "evaluate": Command("eval.suite", "all standard scores of a backbone in one table"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),
     "finetune": Command("eval.finetune", "train a backbone on labelled images and score it"),

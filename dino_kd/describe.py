@@ -187,6 +187,9 @@ def _type_in_words(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
         return _joined([_type_in_words(part) for part in parts])
     if origin is Literal:
         return _joined([value_in_words(value) for value in parts])
+    if origin is list and isinstance(parts[0], type) and issubclass(parts[0], Settings):
+        member = next(iter(parts[0].model_fields))
+        return f"a list of sections, such as [{{{member}: VALUE}}]"
     if origin is list:
         return f"a list of {_plural(_type_in_words(parts[0]))}"
     if origin is tuple:

@@ -7,8 +7,6 @@ transform, arithmetic, images. One safetensors file for each part; nothing is ev
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dino_kd.cache_entries import ABOUT, GIGABYTE, make_room, mark_used
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.fingerprint import text_fingerprint
 from dino_kd.data.images import BrokenImage
@@ -25,8 +24,6 @@ from dino_kd.features import OUTPUT, FeatureBank
 from dino_kd.files import remove_leftovers, write_json, write_tensors
 
 _FORMAT = 1  # raise it when the same identity would give other numbers
-_ABOUT = "identity.json"  # its time of change is the time of the last use
-_GIGABYTE = 10**9
 
 
 class FeatureCache:
@@ -37,7 +34,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, *, limit_gb: float = 20.0) -> None:
         self.folder = Path(folder)
-        self.limit = limit_gb * _GIGABYTE
+        self.limit = limit_gb * GIGABYTE
 
     def fetch(
         self,
@@ -64,7 +61,7 @@ class FeatureCache:
         if all(all_gather_objects([bank is not None])):
             assert bank is not None
             if is_main_process():
-                _mark_used(entry)
+                mark_used(entry)
             return bank
         bank = extract(wanted)
         on_main(lambda: self._write(entry, about, bank))
@@ -79,23 +76,10 @@ class FeatureCache:
         broken = json.dumps([[b.path, b.reason] for b in bank.broken])
         for name, features in values.items():
             tensors = {"features": features, "indices": bank.indices}
-            write_tensors(_file(entry, name), tensors, {"broken": broken})
-        write_json(entry / _ABOUT, about)
+            write_tensors(_file(entry, name), tensors, {"broken": broken}, setting="cache")
+        write_json(entry / ABOUT, about)
         remove_leftovers(entry)
-        self._make_room(keep=entry)
-
-    def _make_room(self, keep: Path) -> None:
-        """Delete the entries whose last use is longest ago until the rest fits."""
-        used = sorted(
-            (_last_use(entry), entry) for entry in self.folder.iterdir() if entry.is_dir()
-        )
-        total = sum(_size(entry) for _, entry in used)
-        for _, entry in used:
-            if total <= self.limit:
-                return
-            if entry != keep:
-                total -= _size(entry)
-                shutil.rmtree(entry, ignore_errors=True)
+        make_room(self.folder, self.limit, keep=entry)
 
 
 def _on_main(work: Callable[[], str]) -> str:
@@ -126,21 +110,3 @@ def _read(entry: Path, parts: Sequence[str], dataset: ImageDataset) -> FeatureBa
     found = [BrokenImage(path, reason) for path, reason in json.loads(broken)]
     output = values.pop(OUTPUT)
     return FeatureBank(output, labels, indices, found, values, cached=True)
-
-
-def _mark_used(entry: Path) -> None:
-    try:
-        os.utime(entry / _ABOUT)
-    except OSError:  # a folder that is only readable still serves
-        return
-
-
-def _last_use(entry: Path) -> float:
-    try:
-        return (entry / _ABOUT).stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _size(entry: Path) -> int:
-    return sum(file.stat().st_size for file in entry.glob("*") if file.is_file())

@@ -17,10 +17,13 @@ if typing.TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomic(
+    path: str | Path, write: Callable[[Path], None], *, setting: str = "run_dir"
+) -> None:
     """Call ``write(temporary_path)``, sync it, and rename it onto `path`.
 
-    Raises UserError in plain words when the disk is full; the old file is then still there.
+    Raises UserError in plain words when the disk is full, naming the `setting` that chose the
+    folder; the old file is then still there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -31,7 +34,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise disk_error(path, error) from error
+        raise disk_error(path, error, setting) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,7 +54,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    setting: str = "run_dir",
 ) -> None:
     """Replace `path` by a safetensors file, atomically; `metadata` is text beside the tensors.
 
@@ -65,7 +72,7 @@ def write_tensors(
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
-    write_atomic(path, write)
+    write_atomic(path, write, setting=setting)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -86,13 +93,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(path: Path, error: OSError) -> UserError:
+def disk_error(path: Path, error: OSError, setting: str = "run_dir") -> UserError:
     """The sentence for a failed write."""
     reasons = {
-        errno.ENOSPC: "the disk is full; free some space or choose another run_dir",
-        errno.EDQUOT: "your disk quota is used up; free some space or choose another run_dir",
-        errno.EACCES: "you may not write there; choose another run_dir",
-        errno.EROFS: "the file system is read-only; choose another run_dir",
+        errno.ENOSPC: f"the disk is full; free some space or choose another {setting}",
+        errno.EDQUOT: f"your disk quota is used up; free some space or choose another {setting}",
+        errno.EACCES: f"you may not write there; choose another {setting}",
+        errno.EROFS: f"the file system is read-only; choose another {setting}",
     }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return UserError(f"cannot write {path}: {reason}. What was saved before is untouched.")

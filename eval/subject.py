@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from dino_kd.cache_entries import cache_folder
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import is_main_process, processes_here, world_size
@@ -168,15 +167,9 @@ def open_backbone(
 
 def open_cache(settings: FeatureSettings) -> FeatureCache | None:
     """The folder that keeps features, None for none. Raises ConfigError when it is a file."""
-    if settings.cache == "off":
+    folder = cache_folder(settings.cache, "features")
+    if folder is None:
         return None
-    if settings.cache == "auto":
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(home).expanduser() / "dino_kd" / "features"
-    else:
-        folder = Path(settings.cache).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"cache: {folder} is a file; give a folder, or cache=off")
     return FeatureCache(folder, limit_gb=settings.cache_limit)
 
 

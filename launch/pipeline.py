@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +60,33 @@ def read(words: list[str], slurm_words: list[str]) -> list[Stage]:
     """The stages of a file in order. Raises ConfigError with the problems of all stages."""
     pipeline = load_settings(PipelineConfig, words, command="launch")
     folder = Path(pipeline.folder).expanduser().absolute()
-    folders = {name: str(folder / name) for name in pipeline.stages}
     stages: list[Stage] = []
     problems: list[str] = []
+    earlier: dict[str, str] = {}  # the folders of the stages before
     for name, tree in pipeline.stages.items():
+        before, earlier = earlier, {**earlier, name: str(folder / name)}
         made, wrong = validate(StageSettings, tree, command="launch", overridden=set(), origin="")
         problems += [f"stages.{name}.{line}" for line in wrong]
         if made is None:
             continue
-        before = [stage.name for stage in stages]
-        after = made.after if made.after is not None else before[-1:]
+        after = made.after if made.after is not None else list(before)[-1:]
         problems += [
-            str(unknown_name("stage", other, before, f"stages.{name}.after"))
+            _not_before(other, pipeline.stages, before, f"stages.{name}.after")
             for other in after
             if other not in before
         ]
+        settings, named = fill_in(made.settings, before)
+        missing = [other for other in named if other not in before]
+        problems += [
+            _not_before(other, pipeline.stages, before, f"stages.{name}: {{{other}}}")
+            for other in missing
+        ]
+        if missing:
+            continue
         try:
             slurm = slurm_settings(slurm_words, {**pipeline.slurm, **made.slurm})
-            stages.append(Stage(name, list(after), _plan(made, name, folders, slurm)))
+            plan = _plan(made.model_copy(update={"settings": settings}), earlier[name], slurm)
+            stages.append(Stage(name, list(dict.fromkeys([*after, *named])), plan))
         except ConfigError as error:
             problems += [f"stages.{name}: {line}" for line in error.problems]
     if problems:
@@ -84,38 +94,52 @@ def read(words: list[str], slurm_words: list[str]) -> list[Stage]:
     return stages
 
 
-def _plan(stage: StageSettings, name: str, folders: dict[str, str], slurm: SlurmSettings) -> Plan:
+def _plan(stage: StageSettings, folder: str, slurm: SlurmSettings) -> Plan:
     """The job of one stage; its folder is its run_dir, or holds its results."""
     schema = schema_of(stage.command)
-    settings = {key: fill_in(value, folders) for key, value in stage.settings.items()}
-    words = [f"{key}={as_word(value)}" for key, value in settings.items()]
+    words = [f"{key}={as_word(value)}" for key, value in stage.settings.items()]
     if stage.config:
         words.insert(0, str(find_config(stage.config)))
-    job_dir = slurm.job_dir or str(Path(folders[name]) / "launch")
+    job_dir = slurm.job_dir or str(Path(folder) / "launch")
     if "run_dir" in schema.model_fields:
-        words.append(f"run_dir={folders[name]}")
-    elif "output" in schema.model_fields and "output" not in settings:
+        words.append(f"run_dir={folder}")
+    elif "output" in schema.model_fields and "output" not in stage.settings:
         one_file = "" if stage.command == "evaluate" else f"/{stage.command}.json"
-        words.append(f"output={folders[name]}{one_file}")
+        words.append(f"output={folder}{one_file}")
     request = slurm.model_copy(update={"job_dir": job_dir})
     plan = plan_job(stage.command, words, request, resume=True)
-    point = dataclasses.replace(plan.job.points[0], name=name)
+    point = dataclasses.replace(plan.job.points[0], name=Path(folder).name)
     return dataclasses.replace(plan, job=dataclasses.replace(plan.job, points=[point]))
 
 
-def fill_in(value: Any, folders: dict[str, str]) -> Any:
-    """Replace {NAME} in texts by the folder of stage NAME. Raises ConfigError for others."""
-    if isinstance(value, list):
-        return [fill_in(item, folders) for item in value]
-    if not isinstance(value, str):
-        return value
+def fill_in(value: Any, folders: dict[str, str]) -> tuple[Any, list[str]]:
+    """Replace {NAME} in texts, at any depth, by the folder of stage NAME; also all names found.
+
+    A name that `folders` does not hold stays as it is.
+    """
+    named: list[str] = []
 
     def folder(found: re.Match[str]) -> str:
-        if found[1] not in folders:
-            raise unknown_name("stage", found[1], folders, f"{{{found[1]}}}")
-        return folders[found[1]]
+        named.append(found[1])
+        return folders.get(found[1], found[0])
 
-    return re.sub(r"\{([\w-]+)\}", folder, value)
+    def fill(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: fill(item) for key, item in part.items()}
+        if isinstance(part, list):
+            return [fill(item) for item in part]
+        return re.sub(r"\{([\w-]+)\}", folder, part) if isinstance(part, str) else part
+
+    return fill(value), named
+
+
+def _not_before(name: str, stages: Iterable[str], before: Iterable[str], where: str) -> str:
+    """The sentence for a stage that is named but is not there yet."""
+    if name in stages:
+        return (
+            f"{where}: stage {name!r} does not come before this one; a stage builds on earlier ones"
+        )
+    return str(unknown_name("stage", name, before, where))
 
 
 def is_done(plan: Plan) -> bool:

@@ -20,10 +20,10 @@ START = '''"""Starts one process of a job from this copy of the code."""
 import sys
 
 from dino_kd import cli
-from launch.worker import work
+from launch.worker import leave, work
 
 if __name__ == "__main__":
-    sys.exit(work(cli.main, sys.argv[1:]))
+    leave(work(cli.main, sys.argv[1:]))
 '''
 
 

@@ -6,13 +6,16 @@ under `launch.local`, with the same variables, signals and exit codes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from dino_kd.errors import EXIT_INTERRUPTED
 from dino_kd.files import write_text
@@ -47,6 +50,19 @@ def work(run_command: Callable[[list[str]], int], argv: list[str]) -> int:
         _keep(job, point, outcomes.get(code, f"{FAILED} code={code}"))
     # Not 75: srun would end the others, which may still be closing their files.
     return 0 if code == EXIT_INTERRUPTED else code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, after what was registered for its end.
+
+    Everything is saved by now. Python would take torch's modules apart first: a second of
+    processor time in every process of every life, while Slurm counts the seconds to its kill.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _guarded(run_command: Callable[[list[str]], int], argv: list[str]) -> int:

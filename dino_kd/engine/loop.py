@@ -205,12 +205,26 @@ def _data_parallel(task: nn.Module, device: torch.device) -> nn.Module:
     more than two ranks are summed: a resumed run then differs in the last bits of that step. With
     `find_unused_parameters` it keeps its buckets, so that on a CPU a resume is exact.
     """
+    on_cpu = device.type == "cpu"
     with warnings.catch_warnings():
         # torch 2.15 announces another name for the argument, which older versions do not know
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        return DistributedDataParallel(
-            task, broadcast_buffers=False, find_unused_parameters=device.type == "cpu"
-        )
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was spec", UserWarning)
+        if on_cpu:
+            _spend_warning()
+        return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=on_cpu)
+
+
+def _spend_warning() -> None:
+    """Let torch's advice against `find_unused_parameters`, given once per process, go unheard.
+
+    It comes from C++ and bypasses Python's filters, except under a tensor's own method, where
+    warnings of C++ become Python's. So a network of one layer earns it there, inside `apply_`.
+    """
+    probe = DistributedDataParallel(
+        nn.LayerNorm(1), broadcast_buffers=False, find_unused_parameters=True
+    )
+    torch.zeros(1).apply_(lambda value: float(probe(torch.zeros(1, 1)).numel()))
 
 
 def step_seed(seed: int, step: int, rank_number: int) -> int:

@@ -1,7 +1,8 @@
 """Two ways of training compared image by image: is the difference more than luck?
 
-`hits` are bool or 0/1 arrays ``[S, N]``: S seeds, N test images, whether the image is right.
-Accuracies and differences are in points (percent of images).
+`hits` are bool ``[S, N]``: S seeds, N test images, whether the image is right. Accuracies and
+differences are in points (percent of images); intervals are percentile bootstraps over images and
+seeds at once. With one seed they speak of the images alone.
 """
 
 from __future__ import annotations
@@ -15,72 +16,65 @@ RESAMPLES = 2000
 _SMALLEST_GAP = 1.0  # points between teacher and baseline below which a share of it means nothing
 
 
-class Estimate(NamedTuple):
-    """A value and its 95 % confidence interval."""
+class Interval(NamedTuple):
+    """An estimate and the ends of its 95 % interval."""
 
     value: float
     low: float
     high: float
 
 
-def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """100 times the mean of ``[S, N]``, with the interval of resampled images and seeds.
-
-    Each resample draws N images and S seeds with replacement (percentile bootstrap). For a paired
-    difference give ``hits_a - hits_b``: whatever both share cancels. With one seed the interval
-    speaks of images alone.
-
-    Raises:
-        ValueError: `values` is not ``[S, N]`` with at least one of each.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"expected values of shape [seeds, images], got {values.shape}")
-    seeds, images = values.shape
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for number in range(resamples):
-        drawn = values[rng.integers(seeds, size=seeds)].mean(0) if seeds > 1 else values[0]
-        means[number] = drawn[rng.integers(images, size=images)].mean()
-    low, high = np.percentile(100 * means, [2.5, 97.5])
-    return Estimate(100 * float(values.mean()), float(low), float(high))
+def accuracy_interval(hits: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Accuracy over all seeds. Raises ValueError unless `hits` is ``[S, N]``, neither being 0."""
+    return _bootstrap([_checked(hits)], resamples, seed)
 
 
-def paired_difference(
-    hits_a: np.ndarray, hits_b: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
-    """Accuracy of a less accuracy of b in points, paired by image and seed.
+def bootstrap_difference(
+    ours: np.ndarray, theirs: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Accuracy of `ours` less that of `theirs`.
+
+    Every resample draws images with replacement, the same for both sides, and seeds with
+    replacement on each side: two trainings of one seed differ in more than what is compared.
+
+    Args:
+        ours: bool ``[S, N]``.
+        theirs: bool ``[R, N]``, of the same images.
+        resamples: how many.
+        seed: of the draws.
 
     Raises:
-        ValueError: the arrays differ in shape.
+        ValueError: another number of images, or none.
     """
-    if np.shape(hits_a) != np.shape(hits_b):
-        raise ValueError(f"cannot pair {np.shape(hits_a)} with {np.shape(hits_b)}")
-    difference = np.asarray(hits_a, dtype=np.float64) - np.asarray(hits_b, dtype=np.float64)
-    return bootstrap(difference, resamples=resamples, seed=seed)
+    sides = [_checked(ours), _checked(theirs)]
+    if sides[0].shape[1] != sides[1].shape[1]:
+        raise ValueError(f"cannot pair {sides[0].shape[1]} images with {sides[1].shape[1]}")
+    return _bootstrap(sides, resamples, seed)
 
 
-def mcnemar(hits_a: np.ndarray, hits_b: np.ndarray) -> float:
-    """Exact two-sided p of McNemar's test on the images ``[N]`` that one alone gets right.
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Exact two-sided p-value of McNemar's test on bool ``[N]``: are both right equally often?
 
-    1.0 when there is no such image.
+    Only images that exactly one side has right count; 1.0 when there is none.
     """
     from scipy.stats import binomtest
 
-    a, b = np.asarray(hits_a, dtype=bool), np.asarray(hits_b, dtype=bool)
-    if a.shape != b.shape:
-        raise ValueError(f"cannot pair {a.shape} with {b.shape}")
-    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    if ours.shape != theirs.shape:
+        raise ValueError(f"cannot pair {ours.shape} with {theirs.shape}")
+    only_ours = int((ours & ~theirs).sum())
+    only_theirs = int((theirs & ~ours).sum())
+    if only_ours + only_theirs == 0:
+        return 1.0
+    return float(binomtest(only_ours, only_ours + only_theirs).pvalue)
 
 
-def gap_recovered(student: float, baseline: float, teacher: float) -> float | None:
-    """Share of the way from the baseline's accuracy to the teacher's that the student has gone.
+def gap_recovered(student: float, scratch: float, teacher: float) -> float | None:
+    """Share of the distance from scratch to teacher that the student has closed; all in percent.
 
-    None when the teacher is less than 1 point better than the baseline.
+    None when the teacher is less than a point ahead: the share is then noise.
     """
-    gap = teacher - baseline
-    return (student - baseline) / gap if gap >= _SMALLEST_GAP else None
+    gap = teacher - scratch
+    return (student - scratch) / gap if gap >= _SMALLEST_GAP else None
 
 
 def seed_noise(hits: np.ndarray) -> dict[str, float] | None:
@@ -89,7 +83,6 @@ def seed_noise(hits: np.ndarray) -> dict[str, float] | None:
     ``difference``: of the accuracies, in points, without sign. ``churn``: images that one of the
     two gets right and the other wrong, in percent.
     """
-    hits = np.asarray(hits, dtype=bool)
     pairs = list(itertools.combinations(range(len(hits)), 2))
     if not pairs:
         return None
@@ -98,3 +91,24 @@ def seed_noise(hits: np.ndarray) -> dict[str, float] | None:
         "difference": float(np.mean([abs(means[a] - means[b]) for a, b in pairs])),
         "churn": float(np.mean([100 * (hits[a] != hits[b]).mean() for a, b in pairs])),
     }
+
+
+def _checked(hits: np.ndarray) -> np.ndarray:
+    if hits.ndim != 2 or 0 in hits.shape:
+        raise ValueError(f"expected hits of shape [seeds, images], got {hits.shape}")
+    return hits.astype(np.float64)
+
+
+def _bootstrap(sides: list[np.ndarray], resamples: int, seed: int) -> Interval:
+    """The first side's mean less the second's, if there is one, in percent."""
+    signs = (1, -1)
+    rng = np.random.default_rng(seed)
+    count = sides[0].shape[1]
+    drawn = np.empty(resamples)
+    for number in range(resamples):
+        often = np.bincount(rng.integers(count, size=count), minlength=count) / count  # [N]
+        means = (side[rng.integers(len(side), size=len(side))].mean(0) @ often for side in sides)
+        drawn[number] = 100 * sum(s * mean for s, mean in zip(signs, means, strict=False))
+    value = 100 * sum(s * float(side.mean()) for s, side in zip(signs, sides, strict=False))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(value, float(low), float(high))

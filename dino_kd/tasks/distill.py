@@ -44,10 +44,10 @@ class Student(nn.Module):
         As `Teacher.answers`; with a distillation token "logits" are those of the class token and
         "token_logits" those of the distillation token.
         """
-        return self.read(self.backbone.preprocess(pixels), names)
+        return self.answers_to(self.backbone.preprocess(pixels), names)
 
-    def read(self, x: Tensor, names: Sequence[str]) -> Answers:
-        """`answers` of images ``[B, C, H, W]`` that are normalised already."""
+    def answers_to(self, x: Tensor, names: Sequence[str]) -> Answers:
+        """As `answers`, of normalised images ``[B, C, H, W]``."""
         source = "prefix" if self.token_classifier is not None else "output"
         wanted = [name for name in names if name not in ("logits", "token_logits")]
         asks_logits = len(wanted) < len(names)
@@ -64,9 +64,13 @@ class Student(nn.Module):
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Class scores ``[B, Y]`` of images in 0..255; of two classifiers the mean."""
+        return self.logits_of(self.backbone.preprocess(pixels))
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """As `logits`, of normalised images ``[B, C, H, W]``."""
         if self.token_classifier is None:
-            return self.answers(pixels, ["logits"])["logits"]
-        made = self.answers(pixels, ["logits", "token_logits"])
+            return self.answers_to(x, ["logits"])["logits"]
+        made = self.answers_to(x, ["logits", "token_logits"])
         return (made["logits"] + made["token_logits"]) / 2
 
 

@@ -62,7 +62,11 @@ class Teacher(nn.Module):
         if tuple(pixels.shape[-2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
             pixels = pixels.clamp(0, 255)
-        x = self.backbone.preprocess(pixels)
+        return self.answers_to(self.backbone.preprocess(pixels), names)
+
+    @torch.no_grad()
+    def answers_to(self, x: Tensor, names: Sequence[str]) -> Answers:
+        """As `answers`, of images that are normalised for this teacher, at any size it takes."""
         parts = self.head.parts if isinstance(self.head, LinearHead) else ("output",)
         wanted = [name for name in names if name not in HEADS]
         made: Answers = {}

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dino_kd.errors import ConfigError, UserError
-from dino_kd.schema import LaunchConfig, SlurmSettings
+from dino_kd.schema import COMMANDS, LaunchConfig, SlurmSettings
+from dino_kd.schema.base import RunSettings, Settings, setting
 from dino_kd.schema.launch import minutes_of
 from launch import cluster
 from launch.batch import batch_file, request
@@ -197,6 +199,67 @@ def test_packaged_launch_files_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plan_sweep("pretrain", points, SlurmSettings()).job.points) == 3
 
 
+class _Teacher(Settings):
+    backbone: str = setting("", "A run or a name.")
+
+
+class _Distill(RunSettings):
+    """What a command that trains a student from a teacher asks for."""
+
+    teacher: _Teacher = _Teacher()
+
+
+def test_a_pipeline_takes_any_command_and_its_teacher_from_an_earlier_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pretrain -> evaluate -> distill -> evaluate, with a stand-in for the settings of distill."""
+    from launch import pipeline
+
+    monkeypatch.setitem(COMMANDS, "distill", _Distill)
+    monkeypatch.setattr("launch.request.LAUNCHABLE", sorted({*COMMANDS} - {"launch"}))
+    score = {"train": "/a", "test": "/b"}
+    stages: dict[str, dict[str, Any]] = {
+        "pretrain": {"command": "pretrain", "settings": {"data.train": "/a"}},
+        "score": {"command": "evaluate", "settings": {**score, "backbone": "{pretrain}"}},
+        "dotted": {"command": "distill", "settings": {"teacher.backbone": "{pretrain}"}},
+        "nested": {"command": "distill", "settings": {"teacher": {"backbone": "{pretrain}"}}},
+        "end": {"command": "evaluate", "settings": {**score, "backbone": "{dotted}"}},
+    }
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        yaml.safe_dump({"folder": str(tmp_path / "p"), "stages": stages}, sort_keys=False)
+    )
+    read = {stage.name: stage for stage in pipeline.read([str(file)], [])}
+    for name in ("dotted", "nested"):
+        settings = yaml.safe_load(read[name].plan.configs[0])
+        assert settings["teacher"] == {"backbone": str(tmp_path / "p" / "pretrain")}
+        assert settings["run_dir"] == str(tmp_path / "p" / name)
+        assert settings["resume"] == "auto"
+    assert yaml.safe_load(read["end"].plan.configs[0])["backbone"] == str(tmp_path / "p" / "dotted")
+    # a stage waits for the one before it and for those whose folders it takes
+    assert {name: stage.after for name, stage in read.items()} == {
+        "pretrain": [], "score": ["pretrain"], "dotted": ["score", "pretrain"],
+        "nested": ["dotted", "pretrain"], "end": ["nested", "dotted"],
+    }  # fmt: skip
+
+
+def test_a_pipeline_stage_builds_on_earlier_ones_only(tmp_path: Path) -> None:
+    from launch import pipeline
+
+    stages = {
+        "a": {"command": "pretrain", "settings": {"data.train": "/a", "model.init_from": "{b}"}},
+        "b": {"command": "pretrain", "after": ["b"], "settings": {"data.train": "/a"}},
+    }
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        yaml.safe_dump({"folder": str(tmp_path / "p"), "stages": stages}, sort_keys=False)
+    )
+    with pytest.raises(ConfigError) as caught:
+        pipeline.read([str(file)], [])
+    assert "stages.a: {b}: stage 'b' does not come before this one" in str(caught.value)
+    assert "stages.b.after: stage 'b' does not come before this one" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "node", "tasks"), [("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("8", 0, 8)]
 )
@@ -268,6 +331,20 @@ def test_accounts_come_from_the_accounting(tmp_path: Path, monkeypatch: pytest.M
     assert "slurm.account: unknown account 'visoin'; did you mean 'vision'?" in text
     assert "5 nodes would wait for ever, partition gpu gives a job at most 4" in text
     assert "2-0 would wait for ever, partition gpu allows 1440 minutes" in text
+
+
+def test_an_unknown_qos_is_named_with_those_of_every_association(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sacctmgr prints the QOS of an association in one line, separated by commas."""
+    tool(tmp_path, "scontrol", "PartitionName=gpu Default=YES TotalNodes=4 MaxTime=UNLIMITED")
+    tool(tmp_path, "sacctmgr", "normal,high\nnormal,scavenge\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ConfigError) as caught:
+        cluster.check_request(SlurmSettings(qos="hihg"))
+    assert "slurm.qos: unknown qos 'hihg'; did you mean 'high'?" in str(caught.value)
+    assert "Accepted: high, normal, scavenge." in str(caught.value)
+    cluster.check_request(SlurmSettings(qos="scavenge"))
 
 
 def test_a_warning_longer_than_the_job_is_refused(

@@ -82,4 +82,4 @@ def wait_for(
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, why()
-        time.sleep(0.1)
+        time.sleep(0.05)

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
+from dino_kd.engine.checkpoint import load_checkpoint
 from launch.job import load_job
 from tests.slurm.conftest import recipe, state_of, tool, wait_for
 from tests.tiny import read_metrics, without_times
 
-# minutes each on two cores: `make test-all`
-pytestmark = [pytest.mark.slurm, pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.dist]
 
-LENGTH = 320
+ROOT = Path(__file__).parents[2]
+LENGTH = 100
 SHAPE = ["slurm.nodes=2", "slurm.tasks_per_node=2"]
+
+
+Alone = Callable[[], Path]
 
 
 class Run:
@@ -48,13 +52,29 @@ class Run:
     def life(self) -> int:
         return len(load_job(self.run_dir / "launch").lives()) - 1
 
-    def wait_for_steps(self, life: int, more: int = 3) -> None:
+    def wait_for_steps(self, life: int, more: int = 1) -> None:
         """Until this life has begun and made some steps of its own."""
         wait_for(lambda: self.life() == life, why=self.log)
         resumed = f"of {LENGTH}"
         wait_for(lambda: self.log().count(resumed) >= life, why=self.log)
         begin = self.step()
         wait_for(lambda: self.step() >= begin + more, why=self.log)
+
+    def interrupt(self, what: Callable[[], object]) -> None:
+        """Do it while rank 1 is held still, so that it strikes before the run is over.
+
+        The others wait for rank 1 inside the step's collective, where a signal finds them most of
+        the time anyway. It goes on when the signal has reached it.
+        """
+        pid = rank_process(self.job, 1)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait_for(lambda: _state_and_pending(pid)[0] == "T", why=self.log)
+            what()
+            wait_for(lambda: _is_asked(pid), why=self.log)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     def wait_for_end(self, state: str, seconds: float = 180) -> None:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -69,16 +89,21 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def alone(cluster: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run without interruptions."""
-    from dino_kd import cli
-
+def alone(cluster: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    """The run without interruptions: four processes without Slurm, while the tests begin."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    assert (
-        cli.main(["launch", "pretrain", *recipe(images, LENGTH), f"run_dir={run_dir}", *SHAPE]) == 0
-    )
-    job = load_job(run_dir / "launch")
-    wait_for(lambda: job.outcome() == "done", 240, lambda: job.path("slurm.log").read_text())
+    words = [*recipe(images, LENGTH), f"run_dir={run_dir}", *SHAPE]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.local", "pretrain", *words],
+        cwd=ROOT, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    yield lambda: _finished(process, run_dir)
+    process.terminate()
+    process.wait()
+
+
+def _finished(process: subprocess.Popen[bytes], run_dir: Path) -> Path:
+    assert process.wait(240) == 0
     assert not re.search("resuming|stopped after", (run_dir / "train.log").read_text())
     return run_dir
 
@@ -104,7 +129,7 @@ def preempt() -> None:
 
 
 def test_every_interruption_loses_nothing(
-    launch: Callable[..., str], cluster: Path, images: Path, alone: Path, tmp_path: Path
+    launch: Callable[..., str], cluster: Path, images: Path, alone: Alone, tmp_path: Path
 ) -> None:
     words = [*recipe(images, LENGTH), "log.save_every=10000"]  # no checkpoint but at a stop
     run = Run(launch, tmp_path / "run", words)
@@ -116,10 +141,12 @@ def test_every_interruption_loses_nothing(
         tool("scontrol", "reconfigure")
 
     def node_down() -> None:
-        name = "NodeName=127.0.0.2"
-        tool("scontrol", "update", name, "State=DOWN", "Reason=test")
+        tool("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
+
+    def node_back() -> None:
         wait_for(lambda: state_of(run.job) == "PENDING", why=run.log)
         # it may be back already: it registers again by itself
+        name = "NodeName=127.0.0.2"
         subprocess.run(["scontrol", "update", name, "State=RESUME"], check=False)
 
     def without_grace() -> None:
@@ -131,27 +158,44 @@ def test_every_interruption_loses_nothing(
         reconfigure("SlurmctldParameters=preempt_send_user_signal")
         preempt()
 
-    interruptions: list[Callable[[], object]] = [
-        preempt,  # with a grace time
-        node_down,
-        lambda: tool("scontrol", "requeue", run.job),
-        lambda: launch("requeue", str(run.run_dir)),
-        without_grace,
-        with_user_signal,
+    def time_limit() -> None:
+        """Slurm's own limit, 35 to 95 s from now; its warning comes before (slurm.warn)."""
+        minutes, seconds = map(int, tool("squeue", "-h", "-j", run.job, "-o", "%M").split(":"))
+        limit = minutes + (1 if seconds < 25 else 2)
+        tool("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
+
+    def more_time() -> None:
+        tool("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
+
+    nothing = bool
+    interruptions: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (preempt, nothing),  # with a grace time
+        (node_down, node_back),
+        (lambda: tool("scontrol", "requeue", run.job), nothing),
+        (without_grace, nothing),
+        (with_user_signal, lambda: reconfigure("")),
+        (time_limit, more_time),
     ]
-    for life, interrupt in enumerate(interruptions):
+    for life, (interrupt, afterwards) in enumerate(interruptions):
         run.wait_for_steps(life)
-        interrupt()
+        run.interrupt(interrupt)
+        afterwards()
         wait_for(lambda: run.life() > life, 120, run.log)  # noqa: B023
-    reconfigure("")
     run.wait_for_end("COMPLETED")
     stopped, resumed = run.stops_and_resumes()
     assert len(stopped) == len(interruptions), run.log()
     assert stopped == resumed  # steps computed twice: 0
-    assert_bit_equal(run.run_dir, alone)
-    assert f"life {len(interruptions)} of job {run.job}" in run.log()
+    assert_bit_equal(run.run_dir, alone())
+    log = run.log()
+    assert f"life {len(interruptions)} of job {run.job}" in log
+    assert "DUE TO NODE FAILURE" in log
+    assert "DUE TO JOB REQUEUE" in log
+    # who brought it back: the job after a grace time, a user signal and the limit, else Slurm
+    assert log.count("launch: requeue after interrupted") == 3, log
+    assert log.count("launch: stopped by Slurm") == 3, log
 
 
+@pytest.mark.slow
 def test_the_real_time_limit_loses_nothing(
     launch: Callable[..., str], images: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +211,7 @@ def test_the_real_time_limit_loses_nothing(
     assert [row["step"] for row in read_metrics(run.run_dir)] == list(range(1, length + 1))
 
 
+@pytest.mark.slow
 def test_twenty_random_interruptions_leave_no_trace(
     launch: Callable[..., str], images: Path, tmp_path: Path
 ) -> None:
@@ -198,7 +243,7 @@ def test_twenty_random_interruptions_leave_no_trace(
 
 
 def test_cancel_restart_limit_and_a_hung_rank(
-    launch: Callable[..., str], images: Path, alone: Path, tmp_path: Path
+    launch: Callable[..., str], images: Path, alone: Alone, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     words = [*recipe(images, LENGTH), "log.save_every=10", "log.keep_checkpoints=100"]
@@ -206,17 +251,18 @@ def test_cancel_restart_limit_and_a_hung_rank(
     run.wait_for_steps(0)
 
     # scancel saves, and nothing brings the job back
-    launch("cancel", str(run_dir))
+    cancelled = run.job
+    run.interrupt(lambda: launch("cancel", str(run_dir)))
     run.wait_for_end("CANCELLED")
     stopped = run.stops_and_resumes()[0]
-    assert load_checkpoint(run_dir / "checkpoints")[0]["step"] == stopped[0] >= 3
+    assert load_checkpoint(run_dir / "checkpoints")[0]["step"] == stopped[0] >= 1
     refused = launch("requeue", str(run_dir), code=2)
     assert "over; launch the same command with resume=auto" in refused
 
     # the restart limit: saved, and FAILED
     run = Run(launch, run_dir, [*words, "resume=auto", "slurm.max_restarts=0"])
-    wait_for(lambda: len(run.stops_and_resumes()[1]) == 1, why=run.log)
-    launch("requeue", str(run_dir))
+    wait_for(lambda: run.step() > stopped[0], why=run.log)
+    run.interrupt(lambda: launch("requeue", str(run_dir)))
     run.wait_for_end("FAILED")
     assert "restart limit reached: slurm.max_restarts=0" in run.log()
     assert "failed restart limit reached" in launch("status", str(run_dir))
@@ -236,9 +282,8 @@ def test_cancel_restart_limit_and_a_hung_rank(
     again = run.stops_and_resumes()[1][2]
     assert again % 10 == 0  # a periodic checkpoint, not one that the signal asked for
     assert 0 <= before - again <= 10
-    assert_bit_equal(run_dir, alone)
-    assert state_of(run.job) == "COMPLETED"
-    assert list_checkpoints(run_dir / "checkpoints")
+    assert_bit_equal(run_dir, alone())
+    assert state_of(cancelled) == "CANCELLED"
 
 
 @contextlib.contextmanager
@@ -259,6 +304,23 @@ def hanging(pid: int) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def _state_and_pending(pid: int) -> tuple[str, int]:
+    """A process's state and the signals that wait for it, as a mask; X when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "X", 0
+    found = re.search(r"State:\s+(\w).*^ShdPnd:\s+(\w+)", text, re.DOTALL | re.MULTILINE)
+    assert found
+    return found[1], int(found[2], 16)
+
+
+def _is_asked(pid: int) -> bool:
+    """Whether a signal to end waits for a process held still, or Slurm has woken it for one."""
+    state, pending = _state_and_pending(pid)
+    return state != "T" or bool(pending & (1 << signal.SIGTERM - 1 | 1 << signal.SIGUSR2 - 1))
 
 
 def rank_process(job: str, rank: int) -> int:

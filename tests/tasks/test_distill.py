@@ -16,11 +16,11 @@ from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.signals import StopFlag
 from dino_kd.losses.logits import kd_loss
+from dino_kd.losses.standardise import Standardise
 from dino_kd.models.backbone import create_backbone
 from dino_kd.tasks.distill import DistillTask, Student
 from dino_kd.tasks.teacher import Teacher
 from dino_kd.terms.features import CosineTerm, FeatureTerm
-from dino_kd.losses.standardise import Standardise
 from dino_kd.terms.logits import LabelTerm, LogitTerm, TokenTerm
 from dino_kd.terms.relations import RelationTerm
 from dino_kd.terms.term import Stateless

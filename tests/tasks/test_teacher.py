@@ -78,7 +78,12 @@ def test_logits_of_a_linear_head_come_from_its_parts():
     made = teacher.answers(images(), ["map", "logits"])
     x = backbone.preprocess(images())
     blocks = backbone.net.forward_intermediates(
-        x, indices=2, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        x,
+        indices=2,
+        norm=True,
+        return_prefix_tokens=True,
+        output_fmt="NLC",
+        intermediates_only=True,
     )
     tokens = backbone.net.forward_features(x)
     parts = torch.cat([blocks[0][1][:, 0], tokens[:, 0], tokens[:, 1:].mean(1)], 1)

@@ -139,7 +139,9 @@ def test_the_cosine_term_regresses_through_its_projector():
     loss.backward()
     assert all(p.grad is not None for p in term.parameters())
 
-    ours, theirs = (F.normalize(z.detach().double()).numpy() for z in (projected, teacher["output"]))
+    ours, theirs = (
+        F.normalize(z.detach().double()).numpy() for z in (projected, teacher["output"])
+    )
     error = ((ours - theirs) ** 2).sum()
     around = ((theirs - theirs.mean(0)) ** 2).sum()
     measured = term.measure()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.mixing import MixPolicy, Views, draw_mix
-from dino_kd.data.multicrop import supervised_policy
+from dino_kd.data.multicrop import CropPolicy, supervised_policy
 from dino_kd.data.pictures import save_crop_picture
 from dino_kd.data.specs import make_dataset
 from dino_kd.data.splits import holdout
@@ -108,6 +108,13 @@ def _draw_labels(
     return labels, dataset.class_names
 
 
+def view_policies(settings: DistillConfig, size: tuple[int, int]) -> tuple[CropPolicy, MixPolicy]:
+    """What may happen to a training image of `size` (height, width), alone and in its batch."""
+    augment = settings.augment
+    crops = supervised_policy(size, augment.scale, augment.horizontal_flip)
+    return crops, MixPolicy(augment.mixup, augment.cutmix, augment.mix_share)
+
+
 def view_batches(
     settings: DistillConfig,
     images: TrainingImages,
@@ -117,16 +124,15 @@ def view_batches(
     total_steps: int,
     device: torch.device,
     broken: BrokenImages,
-) -> Iterator[Views]:
+) -> Generator[Views, None, None]:
     """This process's share of every batch from `start_step` on, mixed as the step has drawn.
 
     Broken images are reported to `broken`; the first batch of a new run is drawn as crops.png.
     """
-    augment = settings.augment
-    policy = MixPolicy(augment.mixup, augment.cutmix, augment.mix_share)
+    crops, mixes = view_policies(settings, size)
     batches = crop_batches(
         images.train,
-        supervised_policy(size, augment.scale, augment.horizontal_flip),
+        crops,
         batch_size=settings.optim.batch_size,
         seed=settings.seed,
         start_step=start_step,
@@ -141,7 +147,7 @@ def view_batches(
             broken.record(batch.broken)
             if step == 0 and is_main_process():
                 save_crop_picture(batch.crops, Path(settings.run_dir) / "crops.png")
-            mix = draw_mix(policy, *size, settings.seed, step, rank())
+            mix = draw_mix(mixes, *size, settings.seed, step, rank())
             yield Views.of(batch, images.labels, mix)
     finally:
         batches.close()

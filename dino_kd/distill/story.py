@@ -11,15 +11,20 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dino_kd.config import load_settings
 from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.distill.cache import TeacherCache, teacher_folder
+from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
+from dino_kd.distill.teachers import match_classes, number_of_logits, open_teacher, randomise
+from dino_kd.distill.terms import make_terms, needs_labels, needs_logits
 from dino_kd.distributed import is_main_process, on_main, process_group, world_size
 from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.fidelity import FidelityMonitor
@@ -41,25 +46,10 @@ from dino_kd.runlog import RunLog
 from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
 from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.images import TrainingImages, open_images, view_batches
-from dino_kd.teaching.teachers import match_classes, number_of_logits, open_teacher, randomise
-from dino_kd.teaching.terms import make_terms, needs_labels, needs_logits
 from dino_kd.terms.term import learns_scales
 
 PROJECTORS_FILE = "projectors.safetensors"
 _FIT_IMAGES = 2048  # from which the scales of a teacher's features are learned
-
-
-def main(argv: list[str]) -> int:
-    """`dino-kd distill [CONFIG] a.b=c ...`."""
-    settings = load_settings(DistillConfig, argv, command="distill")
-    if settings.arms or settings.students:
-        from dino_kd.arms import compare
-
-        compare(settings)
-    else:
-        distill(settings)
-    return 0
 
 
 @dataclass
@@ -159,6 +149,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
         labelled_share=images.labelled_share,
     )  # fmt: skip
     task = DistillTask(learner, teachers, made, ema=settings.student.ema).to(device)
+    check_part_of_batch(settings, task)
     for teacher in teachers:
         teacher.to(device)
     for backbone in (student, *(teacher.backbone for teacher in teachers)):
@@ -170,6 +161,22 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
         tracker=settings.log.tracker,
     )
     return Lesson(settings, device, images, span, teachers, task, weights, class_names, log, notes)
+
+
+def check_part_of_batch(settings: DistillConfig, task: DistillTask) -> None:
+    """Raise ConfigError when one process's micro-batch is too small for what compares images."""
+    optim, relation = settings.optim, settings.terms.relation_kd
+    has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules())
+    least, reason = (2, "batch norm") if has_norms else (1, "")
+    if relation.weight:
+        least, reason = (3 if relation.angle else 2), "terms.relation_kd"
+    images = optim.batch_size // (optim.accumulate * world_size())
+    if images < least:
+        raise ConfigError(
+            f"optim.batch_size: {optim.batch_size} images in {optim.accumulate} micro-batches on "
+            f"{world_size()} processes are {images} at a time, and {reason} needs at least {least};"
+            " take a larger batch, or a smaller optim.accumulate"
+        )
 
 
 def resolve(settings: DistillConfig, precision: str) -> DistillConfig:
@@ -206,7 +213,8 @@ def build_student(settings: DistillConfig) -> Backbone:
         )
         check_input_size(backbone, size, where="student.image_size")
     except (ConfigError, CheckpointError) as error:
-        raise type(error)(str(error).replace("model.", "student.")) from None
+        words = re.sub(r"\bmodel\.(?=[a-z_]+:)", "student.", str(error))
+        raise type(error)(re.sub(r"^image size:", "student.image_size:", words)) from None
     return backbone
 
 
@@ -280,9 +288,12 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         known=state["broken"] if state else (),
     )
     hooks: list[Hook] = [FidelityMonitor(log.warn, total_steps=span.total_steps), broken]
+    cache = open_cache(lesson)
 
     def save(progress: Progress) -> None:
         broken.exchange()
+        if cache is not None:
+            cache.flush()
 
         def write() -> None:
             state = training_state(
@@ -298,7 +309,11 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         settings, lesson.images, task.student.backbone.img_size, start_step=progress.step,
         total_steps=span.total_steps, device=lesson.device, broken=broken,
     )  # fmt: skip
-    cleanup.callback(batches.close)  # type: ignore[attr-defined]
+    cleanup.callback(batches.close)
+    if cache is not None:
+        cleanup.callback(cache.close)
+        batches = cache.answered(batches, progress.step)
+        cleanup.callback(batches.close)
     progress = fit(
         task,
         batches,
@@ -323,8 +338,30 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         hooks=hooks,
         stop=stop,
     )
+    if cache is not None:
+        cache.report()
     end_of_training(settings.run_dir, progress, broken, log, command="distill")
     return progress
+
+
+def open_cache(lesson: Lesson) -> TeacherCache | None:
+    """The cache of the teachers' answers, claimed; None for none. Raises UserError."""
+    settings, folder = lesson.settings, teacher_folder(lesson.settings)
+    if folder is None or not lesson.teachers:
+        return None
+    size, train = lesson.task.student.backbone.img_size, lesson.images.train
+    identity = {
+        "images": on_main(train.fingerprint),
+        "views": repr(view_policies(settings, size)),
+        "seed": settings.seed,
+        "batch_size": settings.optim.batch_size,
+    }
+    cache = TeacherCache(
+        lesson.teachers, lesson.task.teacher_taps, folder, identity, settings.cache_limit,
+        lesson.device, settings.optim.precision, settings.optim.accumulate,
+        say=lesson.log.say, warn=lesson.log.warn,
+    )  # fmt: skip
+    return cache if cache.open(settings.optim.batch_size, lesson.span.total_steps) else None
 
 
 def make_schedules(lesson: Lesson) -> dict[str, Schedule]:

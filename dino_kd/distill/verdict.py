@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dino_kd.metrics.paired import (
-    bootstrap,
+    accuracy_interval,
+    bootstrap_difference,
     gap_recovered,
     mcnemar,
-    paired_difference,
     seed_noise,
 )
 
@@ -165,7 +165,7 @@ def _row(arm: str, scored: Sequence[Scored], measure: str) -> dict[str, Any]:
     row["seconds"] = of_training("seconds")
     for name in ("top1", "knn20_top1"):
         if all(name in one.hits for one in scored):
-            estimate = bootstrap(np.stack([one.hits[name] for one in scored]))
+            estimate = accuracy_interval(np.stack([one.hits[name] for one in scored]))
             row[name] = estimate._asdict() if name == "top1" else estimate.value
             if name == "knn20_top1":
                 row["knn20_top1_interval"] = [estimate.low, estimate.high]
@@ -175,7 +175,7 @@ def _row(arm: str, scored: Sequence[Scored], measure: str) -> dict[str, Any]:
 
 def _difference(kd: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Points, interval, and the largest p over the seeds: no seed speaks for another."""
-    value, low, high = paired_difference(kd, other)
+    value, low, high = bootstrap_difference(kd, other)
     p = max(mcnemar(a, b) for a, b in zip(kd, other, strict=True))
     return {"points": value, "low": low, "high": high, "mcnemar_p": p}
 

@@ -12,6 +12,7 @@ from dino_kd.schema import PretrainConfig
 from eval import finetune, linear
 from tests.tiny import TINY, write_images
 
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """36 noisy pictures of three classes."""

@@ -1,4 +1,4 @@
-"""From settings to terms: every kind is built as asked, and what does not fit is refused at once."""
+"""From settings to terms: every kind is built as asked; what does not fit is refused at once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from dino_kd.config import load_settings
+from dino_kd.distill.terms import make_terms, needs_labels, needs_logits
 from dino_kd.errors import ConfigError
 from dino_kd.losses.standardise import PhiS, Standardise
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.schema import DistillConfig
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.terms import make_terms, needs_labels, needs_logits
 
 VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 

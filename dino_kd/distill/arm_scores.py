@@ -25,26 +25,24 @@ import dino_kd
 from dino_kd import knn
 from dino_kd.data.dataset import ImageDataset, require_labels, subset
 from dino_kd.data.loader import EvalTransform
+from dino_kd.distill.images import open_images
+from dino_kd.distill.terms import needs_labels
 from dino_kd.distributed import on_main, processes_here, world_size
 from dino_kd.errors import CheckpointError
-from dino_kd.features import FeatureBank, default_resize, extract_features, extract_with
+from dino_kd.features import FeatureBank, default_resize, extract_with
 from dino_kd.files import write_json, write_tensors
 from dino_kd.losses.logits import mean_probability_logits
-from dino_kd.models.linear_head import LinearHead
 from dino_kd.presets import loader_processes
 from dino_kd.pretrained import CLASSIFIER_FILE, backbone_hash, load_backbone
 from dino_kd.schema import DistillConfig
 from dino_kd.tasks.classify import class_places
 from dino_kd.tasks.distill import Student
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.images import open_images
-from dino_kd.teaching.terms import needs_labels
 
 NEIGHBOURS = 20
 RESULT_FILE = "eval/distill.json"
 LOGITS_FILE = "eval/test_logits.safetensors"
 _LARGEST = 65504.0  # of fp16
-_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,12 @@ def answer_of_student(
     """
     student, names = load_student(run_dir, device)
     backbone, size = student.backbone, student.backbone.img_size
-    scores = ["logits"] if student.classifier is not None else []
-    if student.token_classifier is not None:
-        scores.append("token_logits")
+    has_scores = student.classifier is not None
+
+    def describe(x: Tensor) -> dict[str, Tensor]:
+        made = student.answers_to(x, ["output"])
+        return {**made, "logits": student.logits_of(x)} if has_scores else made
+
     ask = functools.partial(
         extract_with,
         backbone,
@@ -135,14 +136,12 @@ def answer_of_student(
         batch_size=256,
         device=device,
     )
-    seen = ask(exam.test, describe=lambda x: student.read(x, ["output", *scores]))
-    bank = None
+    seen, bank = ask(exam.test, describe=describe), None
     if exam.bank is not None:
-        bank = ask(exam.bank, describe=lambda x: student.read(x, ["output"]))
-    logits = torch.stack([seen.part(name) for name in scores]).mean(0) if scores else None
+        bank = ask(exam.bank, describe=lambda x: student.answers_to(x, ["output"]))
     return Answer(
         seen.features, seen.indices, *_voting(bank),
-        aligned(logits, names, exam.class_names),
+        aligned(seen.parts.get("logits"), names, exam.class_names),
         {"source": str(run_dir), "architecture": backbone.name, "sha256": backbone_hash(backbone),
          "image_size": list(size)},
         len(seen.broken),
@@ -154,27 +153,25 @@ def answer_of_teachers(
 ) -> Answer:
     """The teachers at their own sizes: mean probability as logits, features of the first."""
     logits: list[Tensor] = []
-    first: dict[str, Any] = {}
-    workers = loader_processes(settings.data.num_workers, processes_here())
-    for number, teacher in enumerate(teachers):
-        parts = teacher.head.parts if isinstance(teacher.head, LinearHead) else ()
+    banks: list[tuple[FeatureBank, FeatureBank | None]] = []
+    for teacher in teachers:
         ask = functools.partial(
-            extract_features, teacher.backbone, size=teacher.size, num_workers=workers,
+            extract_with,
+            teacher.backbone,
+            transform=EvalTransform(teacher.size, default_resize(teacher.size)),
+            num_workers=loader_processes(settings.data.num_workers, processes_here()),
+            batch_size=256,
             device=device,
-        )  # fmt: skip
-        seen = ask(exam.test, parts=parts)
-        if teacher.head is not None:
-            rows = [
-                teacher.head({name: seen.part(name)[at].to(device) for name in parts})
-                if parts
-                else teacher.head(seen.features[at].to(device))
-                for at in torch.arange(len(seen.features)).split(_ROWS)
-            ]
-            given = aligned(torch.cat(rows).cpu(), teacher.class_names, exam.class_names)
-            logits += [] if given is None else [given]
-        if number == 0:
-            first = {"seen": seen, "bank": None if exam.bank is None else ask(exam.bank)}
-    seen, bank = first["seen"], first["bank"]
+        )
+        names = ["output", *(["logits"] if teacher.head is not None else [])]
+        seen = ask(exam.test, describe=functools.partial(teacher.answers_to, names=names))
+        given = aligned(seen.parts.get("logits"), teacher.class_names, exam.class_names)
+        logits += [] if given is None else [given]
+        if not banks:
+            plain = functools.partial(teacher.answers_to, names=["output"])
+            voting = None if exam.bank is None else ask(exam.bank, describe=plain)
+            banks = [(seen, voting)]
+    seen, bank = banks[0]
     return Answer(
         seen.features, seen.indices, *_voting(bank),
         mean_probability_logits(logits) if len(logits) > 1 else logits[0] if logits else None,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dino_kd import load_backbone
+from dino_kd.distill.teachers import match_classes, open_teacher, randomise
 from dino_kd.engine.checkpoint import load_checkpoint
 from dino_kd.errors import CheckpointError, ConfigError
 from dino_kd.models.backbone import create_backbone
@@ -19,8 +20,7 @@ from dino_kd.models.linear_head import load_linear_head
 from dino_kd.pretrained import save_backbone
 from dino_kd.schema import DistillTeacherSettings
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.teachers import match_classes, open_teacher, randomise
-from tests.teaching.timm_folder import CLASSES, write_timm_folder
+from tests.distill.timm_folder import CLASSES, write_timm_folder
 
 close = torch.testing.assert_close
 
@@ -69,7 +69,7 @@ def test_a_timm_folder_with_its_own_classifier(tmp_path):
     teacher = opened(f"local-dir:{tmp_path}/net", head="timm")
     close(logits_of(teacher), net((pixels() / 255 - 0.4) / 0.2), rtol=1e-4, atol=1e-5)
     assert teacher.class_names == names
-    with pytest.raises(ConfigError, match="teacher.head=timm is for 'timm:NAME'"):
+    with pytest.raises(ConfigError, match=r"teacher.head=timm is for 'timm:NAME'"):
         opened(tmp_path / "net", head="timm")
     write_timm_folder(tmp_path / "nameless", 4)
     assert opened(f"local-dir:{tmp_path}/nameless", head="timm").class_names is None
@@ -101,7 +101,7 @@ def test_without_prototypes_the_term_is_refused(what, pretrained):
     source, more = (pretrained / "backbone", {}) if what == "folder" else (pretrained, {})
     if what == "untrained":
         more = {"branch": "untrained"}
-    with pytest.raises(ConfigError, match="terms.prototype_kd needs the projection head of a run"):
+    with pytest.raises(ConfigError, match=r"terms.prototype_kd needs the projection head of a run"):
         opened(source, logits=False, prototypes=True, **more)
 
 
@@ -123,7 +123,7 @@ def test_a_missing_head_names_the_places_and_three_cures(pretrained):
 
 
 def test_a_head_of_other_weights_is_refused(pretrained):
-    with pytest.raises(CheckpointError, match="trained on other weights.*dino-kd linear"):
+    with pytest.raises(CheckpointError, match=r"trained on other weights.*dino-kd linear"):
         opened(
             pretrained,
             branch="untrained",

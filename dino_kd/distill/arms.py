@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_kd.arm_scores import (
+from dino_kd.distill.arm_scores import (
     RESULT_FILE,
     Exam,
     answer_of_student,
@@ -30,7 +30,11 @@ from dino_kd.arm_scores import (
     read_tensors,
     record,
 )
-from dino_kd.distill import distill, open_teachers, prepare, resolve
+from dino_kd.distill.cache import shared_cache
+from dino_kd.distill.images import open_images
+from dino_kd.distill.story import distill, open_teachers, prepare, resolve
+from dino_kd.distill.terms import needs_labels, needs_logits
+from dino_kd.distill.verdict import Scored, as_lines, judge
 from dino_kd.distributed import is_main_process, on_main, process_group
 from dino_kd.engine.precision import choose_precision
 from dino_kd.errors import ConfigError, DataError, Interrupted, UserError
@@ -41,9 +45,6 @@ from dino_kd.rundir import open_run
 from dino_kd.runlog import RunLog
 from dino_kd.schema import DistillConfig, TermsSettings
 from dino_kd.tasks.teacher import Teacher
-from dino_kd.teaching.images import open_images
-from dino_kd.teaching.terms import needs_labels, needs_logits
-from dino_kd.verdict import Scored, as_lines, judge
 
 _TRAINING_ORDER = ("kd", "scratch", "scratch_plus", "control")  # scratch_plus needs two speeds
 _SMOOTHING = 0.1
@@ -59,8 +60,8 @@ class Arm:
     folder: Path
 
 
-def compare(settings: DistillConfig) -> Path:
-    """Train and score all arms; returns the run directory with arms.json and arms.md.
+def compare(settings: DistillConfig) -> list[str]:
+    """Train and score all arms; returns the lines of the table, which arms.md holds too.
 
     Every process of a torchrun job calls this. With ``resume=auto`` finished arms are kept.
 
@@ -74,21 +75,20 @@ def compare(settings: DistillConfig) -> Path:
         refuse(settings)
         span = check_arms(settings, device)
         exam = open_exam(settings)
-        log = RunLog(settings.run_dir, is_main=is_main_process(), tensorboard=False)
-        with log:
+        with RunLog(settings.run_dir, is_main=is_main_process()) as log:
             claim = functools.partial(
                 open_run, settings, log, command="distill", train_on="student.init_from"
             )
             on_main(claim)
             score_teacher(settings, exam, device)
-            results = []
-            for student in settings.students:
-                arms = arms_of(settings, student)
+            arms = arms_of(settings)
+            with shared_cache(settings) as shared:
                 for arm in arms:
-                    run_arm(settings, arm, span, exam, device, log)
-                results.append(on_main(functools.partial(conclude, settings, arms, exam)))
-            on_main(functools.partial(report, Path(settings.run_dir), results, log))
-    return Path(settings.run_dir)
+                    run_arm(shared, arm, span, exam, device, log)
+            lines = on_main(functools.partial(report, settings, arms, exam))
+            for line in lines:
+                log.say(line)
+    return lines
 
 
 def with_arms(settings: DistillConfig) -> DistillConfig:
@@ -155,17 +155,17 @@ def check_arms(settings: DistillConfig, device: torch.device) -> Span:
     return span
 
 
-def arms_of(settings: DistillConfig, student: str) -> list[Arm]:
-    """All arms of one student, in the order in which they train."""
-    root = Path(settings.run_dir)
-    if len(settings.students) > 1:
-        root /= folder_name(student)
+def arms_of(settings: DistillConfig) -> list[Arm]:
+    """All arms in the order in which they train: students innermost, who share the teacher."""
+    root, several = Path(settings.run_dir), len(settings.students) > 1
     return [
-        Arm(name, seed, student, root / f"{name}-seed{seed}")
+        Arm(name, seed, student, (root / folder_name(student) if several else root)
+            / f"{name}-seed{seed}")
         for name in _TRAINING_ORDER
         if name in settings.arms
         for seed in settings.seeds
-    ]
+        for student in settings.students
+    ]  # fmt: skip
 
 
 def folder_name(student: str) -> str:
@@ -348,14 +348,17 @@ def on_shared_images(
     return {name: [cut(one) for one in several] for name, several in scored.items()}, len(shared)
 
 
-def report(run_dir: Path, results: list[dict[str, Any]], log: RunLog) -> None:
-    """Write arms.json and arms.md, and say the table."""
+def report(settings: DistillConfig, arms: Sequence[Arm], exam: Exam) -> list[str]:
+    """Write arms.json and arms.md; returns the lines of the tables."""
+    run_dir = Path(settings.run_dir)
+    results = [
+        conclude(settings, [arm for arm in arms if arm.student == student], exam)
+        for student in settings.students
+    ]
     lines = [line for result in results for line in (*as_lines(result), "")]
     write_json(run_dir / "arms.json", {"students": results})
     write_text(run_dir / "arms.md", "\n".join(lines))
-    for line in lines:
-        log.say(line)
-    log.say(f"comparison: {run_dir}/arms.md and arms.json")
+    return [*lines, f"comparison: {run_dir}/arms.md and arms.json"]
 
 
 def _array(values: Tensor) -> Any:

@@ -1,1 +1,0 @@
-"""From the settings of a distillation to its teachers, its terms, and its batches."""
