@@ -29,12 +29,13 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)) if grouped else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if grouped and not dist.is_initialized():
+    joins = grouped and not dist.is_initialized()  # a part of a larger job leaves the group to it
+    if joins:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
-        if grouped and dist.is_initialized():
+        if joins and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -1,414 +1,365 @@
-"""Does distillation help? The same student, trained with and without its teacher, in one table.
+"""Does distillation help? The same student trained in several ways, scored on the same images.
 
-    dino-kd distill CONFIG data.test=/images/test arms=scratch,scratch_plus,kd,control seeds=0,1,2
+    dino-kd distill distill/labels ... data.test=/test arms=scratch,scratch_plus,kd,control
 
-Every arm is an ordinary distillation in its own folder of the run directory; docs/distill_arms.md
-says what each one proves.
+Reads top to bottom: check every arm, score the teacher, train and score arm by arm, compare.
+docs/distill_arms.md says what each arm proves.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
-from dataclasses import dataclass, field
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
-from dino_kd.config import load_settings
-from dino_kd.data.dataset import subset
-from dino_kd.data.loader import EvalTransform
+from dino_kd.distill.arm_scores import (
+    RESULT_FILE,
+    Exam,
+    answer_of_student,
+    answer_of_teachers,
+    is_scored,
+    open_exam,
+    read_tensors,
+    record,
+)
 from dino_kd.distill.cache import shared_cache
-from dino_kd.distill.images import TrainingImages, open_images
-from dino_kd.distill.story import build_student, distill, open_teachers
-from dino_kd.distill.terms import needs_labels
-from dino_kd.distributed import is_main_process, on_main, process_group, processes_here
-from dino_kd.errors import ConfigError, DataError
-from dino_kd.features import FeatureBank, default_resize, extract_with
-from dino_kd.files import write_json, write_tensors, write_text
-from dino_kd.knn import knn_accuracy
-from dino_kd.metrics.paired import bootstrap_difference, gap_recovered, mcnemar, mean_interval
-from dino_kd.presets import loader_processes, make_span
-from dino_kd.pretrained import CLASSIFIER_FILE, load_backbone
-from dino_kd.schema import DistillConfig
-from dino_kd.tasks.distill import Student
+from dino_kd.distill.images import open_images
+from dino_kd.distill.story import distill, open_teachers, prepare, resolve
+from dino_kd.distill.terms import needs_labels, needs_logits
+from dino_kd.distill.verdict import Scored, as_lines, judge
+from dino_kd.distributed import is_main_process, on_main, process_group
+from dino_kd.engine.precision import choose_precision
+from dino_kd.errors import ConfigError, DataError, Interrupted, UserError
+from dino_kd.files import write_json, write_text
+from dino_kd.lengths import parse_length
+from dino_kd.presets import Span
+from dino_kd.rundir import open_run
+from dino_kd.runlog import RunLog
+from dino_kd.schema import DistillConfig, TermsSettings
+from dino_kd.tasks.teacher import Teacher
 
-_NEIGHBOURS = 20
-_SMOOTHING = 0.1  # of scratch_plus: the usual regulariser that a teacher would make superfluous
-_ORDER = ("scratch", "kd", "scratch_plus", "control")  # scratch_plus needs both times
+_TRAINING_ORDER = ("kd", "scratch", "scratch_plus", "control")  # scratch_plus needs two speeds
+_SMOOTHING = 0.1
 
 
-@dataclass
-class Scored:
-    """One network on the test images.
+@dataclass(frozen=True)
+class Arm:
+    """One training of a comparison."""
 
-    Attributes:
-        right: bool ``[N]``, whether its classifier names the class; None without classifier.
-        numbers: top1, knn_top1, agreement, kl, steps, seconds; what is known of them.
-        logits: ``[N, Y]``.
-    """
-
-    right: np.ndarray | None
-    numbers: dict[str, float] = field(default_factory=dict)
-    logits: Tensor | None = None
+    name: str
+    seed: int
+    student: str
+    folder: Path
 
 
 def compare(settings: DistillConfig) -> list[str]:
-    """Train and score every arm, seed and student; returns a table for each student.
+    """Train and score all arms; returns the lines of the table, which arms.md holds too.
 
-    Every process of a torchrun job calls this. Finished arms are not trained again with
-    ``resume=auto``.
+    Every process of a torchrun job calls this. With ``resume=auto`` finished arms are kept.
 
     Raises:
-        UserError: an arm that these settings cannot have (before anything trains), or whatever
+        UserError: whatever would make an arm fail later, before the first one trains; and what
             `distill` raises.
     """
-    check_arms(settings)
-    students = settings.students or [settings.student.backbone]
-    tables = []
-    with shared_cache(settings) as shared:
-        for student in students:
-            folder = Path(settings.run_dir) / (student if len(students) > 1 else "")
-            network = settings.student.model_copy(update={"backbone": student})
-            one = shared.model_copy(update={"student": network, "run_dir": str(folder)})
-            result = compare_arms(one, folder)
-            if result:
-                tables.append(table(result))
-    return tables
+    with process_group(settings.device) as device:
+        settings = resolve(settings, choose_precision(settings.optim.precision, device))
+        settings = with_arms(settings)
+        refuse(settings)
+        span = check_arms(settings, device)
+        exam = open_exam(settings)
+        with RunLog(settings.run_dir, is_main=is_main_process()) as log:
+            claim = functools.partial(
+                open_run, settings, log, command="distill", train_on="student.init_from"
+            )
+            on_main(claim)
+            score_teacher(settings, exam, device)
+            arms = arms_of(settings)
+            with shared_cache(settings) as shared:
+                for arm in arms:
+                    run_arm(shared, arm, span, exam, device, log)
+            lines = on_main(functools.partial(report, settings, arms, exam))
+            for line in lines:
+                log.say(line)
+    return lines
 
 
-def check_arms(settings: DistillConfig) -> None:
-    """Refuse what cannot be compared, before anything trains. Raises ConfigError."""
-    arms = settings.arms or ["kd"]
-    problems = []
+def with_arms(settings: DistillConfig) -> DistillConfig:
+    """Arms, seeds and students filled in, each once; scratch_plus turns the cache off.
+
+    Equal wall-clock counts the teacher's live pass, which answers read from a disk would hide.
+    """
+    seeds = settings.seeds if "seeds" in settings.model_fields_set else [settings.seed]
+    arms = list(dict.fromkeys(settings.arms or ["kd"]))
+    return settings.model_copy(
+        update={
+            "arms": arms,
+            "seeds": list(dict.fromkeys(seeds)),
+            "students": list(dict.fromkeys(settings.students or [settings.student.backbone])),
+            "cache": "off" if "scratch_plus" in arms else settings.cache,
+        }
+    )
+
+
+def refuse(settings: DistillConfig) -> None:
+    """Raise ConfigError for comparisons that prove nothing, all of them at once."""
+    terms, problems = settings.terms, []
     if settings.data.test is None:
-        problems.append("data.test: arms are scored on labelled test images; name them here")
-    without = [arm for arm in arms if arm.startswith("scratch")]
-    if without and not needs_labels(settings.terms):
         problems.append(
-            f"arms: {without[0]} learns from labels alone, and no term of this loss reads any; "
-            "leave it out, or set terms.preset=labels"
+            "data.test: the arms are compared on labelled images that no arm trains on; give them, "
+            "such as data.test=/images/test"
         )
-    if "scratch_plus" in arms and not {"scratch", "kd"} <= set(arms):
+    if not settings.seeds:
+        problems.append("seeds: empty; give at least one, such as seeds=0,1,2")
+    if set(terms.weights()) == {"ce"}:
         problems.append(
-            "arms: scratch_plus gets the time that kd takes at the speed of scratch; add both: "
-            "arms=scratch,scratch_plus,kd"
+            "terms: only ce is on, so kd would be scratch; turn on a term that reads the teacher, "
+            "such as terms.logit_kd.weight=4"
         )
-    if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
-        problems.append(f"seeds: expected different numbers, got {settings.seeds}")
+    without_teacher = [arm for arm in settings.arms if arm.startswith("scratch")]
+    if without_teacher and not (needs_labels(terms) or needs_logits(terms)):
+        problems.append(
+            f"arms: {without_teacher[0]} learns from labels alone, and these terms use none "
+            f"(terms.preset={terms.preset}); compare kd with control: arms=kd,control"
+        )
+    missing = [arm for arm in ("kd", "scratch") if arm not in settings.arms]
+    if "scratch_plus" in settings.arms and missing:
+        problems.append(
+            f"arms: scratch_plus trains as long as kd at the speed of scratch; add {missing[0]}"
+        )
     if problems:
         raise ConfigError(problems)
-    open_images(settings, labels_for=needs_labels(settings.terms))
-    build_student(settings)
 
 
-def compare_arms(settings: DistillConfig, folder: Path) -> dict[str, Any]:
-    """All arms of one student: train, score, and write the table; {} but on the main process."""
-    arms = [arm for arm in _ORDER if arm in (settings.arms or ["kd"])]
-    scored: dict[str, list[Scored]] = {arm: [] for arm in arms}
-    for seed in settings.seeds:
-        for arm in arms:
-            run_dir = folder / f"{arm}-seed{seed}"
-            if not on_main((run_dir / "eval" / "distill.json").is_file) or not settings.resume:
-                of_arm = arm_settings(settings, arm, seed, folder)
-                distill(of_arm, control=arm == "control")
-            scored[arm].append(score_arm(settings, run_dir))
-    teacher = score_teacher(settings)
-    if not is_main_process():
-        return {}
-    result = summary(scored, teacher, settings)
-    write_json(folder / "arms.json", result)
-    write_text(folder / "arms.md", table(result) + "\n")
-    return result
+def check_arms(settings: DistillConfig, device: torch.device) -> Span:
+    """Build every arm once without training it; the span of kd. Raises UserError naming the arm."""
+    span: Span | None = None
+    for student in settings.students:
+        for name in ("kd", *(arm for arm in settings.arms if arm != "kd")):
+            arm = Arm(name, settings.seeds[0], student, Path(settings.run_dir))
+            steps = span.total_steps if span else 1
+            try:
+                made = arm_settings(settings, arm, span, steps)
+                lesson = prepare(made, device, control=name == "control")
+            except UserError as error:
+                raise type(error)(f"arm {name} of {student}: {error}") from None
+            span = lesson.span if name == "kd" else span
+    assert span is not None
+    return span
 
 
-def arm_settings(settings: DistillConfig, arm: str, seed: int, folder: Path) -> DistillConfig:
-    """The settings of one arm: what it shares with the others stays as it is."""
-    changed: dict[str, Any] = {
-        "run_dir": str(folder / f"{arm}-seed{seed}"),
-        "seed": seed,
+def arms_of(settings: DistillConfig) -> list[Arm]:
+    """All arms in the order in which they train: students innermost, who share the teacher."""
+    root, several = Path(settings.run_dir), len(settings.students) > 1
+    return [
+        Arm(name, seed, student, (root / folder_name(student) if several else root)
+            / f"{name}-seed{seed}")
+        for name in _TRAINING_ORDER
+        if name in settings.arms
+        for seed in settings.seeds
+        for student in settings.students
+    ]  # fmt: skip
+
+
+def folder_name(student: str) -> str:
+    """A student's name as a folder."""
+    return re.sub(r"[^\w.-]+", "_", student)
+
+
+def arm_settings(settings: DistillConfig, arm: Arm, span: Span | None, steps: int) -> DistillConfig:
+    """The settings of one arm.
+
+    scratch has cross-entropy at weight 1, whatever its weight beside the teacher: a smaller loss
+    would be a smaller learning rate for some optimisers, and no fair opponent.
+
+    Args:
+        settings: of the comparison.
+        arm: which one.
+        span: of kd; what is written in its epochs becomes steps. None: kd itself.
+        steps: length of a scratch arm.
+    """
+    update: dict[str, Any] = {
+        "run_dir": str(arm.folder),
         "resume": "auto" if settings.resume else False,
+        "seed": arm.seed,
+        "student": settings.student.model_copy(update={"backbone": arm.student}),
         "arms": [],
+        "seeds": [0],
         "students": [],
     }
-    if arm in ("scratch", "scratch_plus"):
-        changed["terms"] = labels_alone(settings)
-        steps = total_steps(settings)
-        if arm == "scratch_plus":
-            kd, scratch = (folder / f"{other}-seed{seed}" for other in ("kd", "scratch"))
-            steps = on_main(functools.partial(equal_time, kd, scratch))
-            smoothing = settings.augment.label_smoothing or _SMOOTHING
-            changed["augment"] = settings.augment.model_copy(update={"label_smoothing": smoothing})
-        changed["optim"] = settings.optim.model_copy(update={"length": steps})
-    return settings.model_copy(update=changed)
+    if arm.name.startswith("scratch"):
+        assert span is not None
+        optim = {"length": steps}
+        if parse_length(settings.optim.warmup).unit == "ep":
+            optim["warmup"] = span.warmup
+        update["terms"] = TermsSettings(preset="none", ce={"weight": 1.0})  # type: ignore[arg-type]
+        update["optim"] = settings.optim.model_copy(update=optim)
+    if arm.name == "scratch_plus" and not settings.augment.label_smoothing:
+        update["augment"] = settings.augment.model_copy(update={"label_smoothing": _SMOOTHING})
+    return settings.model_copy(update=update)
 
 
-def labels_alone(settings: DistillConfig) -> Any:
-    """The terms less everything that reads the teacher."""
-    off = {
-        name: getattr(settings.terms, name).model_copy(update={"weight": 0.0})
-        for name in settings.terms.weights()
-        if name != "ce"
-    }
-    ce = settings.terms.ce.model_copy(update={"weight": settings.terms.ce.weight or 1.0})
-    return settings.terms.model_copy(update={**off, "ce": ce, "preset": "none"})
+def run_arm(
+    settings: DistillConfig, arm: Arm, span: Span, exam: Exam, device: torch.device, log: RunLog
+) -> None:
+    """Train and score one arm, unless that has been done. Raises what `distill` does."""
+    if is_scored(arm.folder, exam):
+        log.say(f"{arm.folder}: finished before")
+        return
+    steps, equal_time = span.total_steps, None
+    if arm.name == "scratch_plus":
+        equal_time = on_main(functools.partial(equal_wall_clock, arm, settings))
+        steps = equal_time["steps"]
+    made = arm_settings(settings, arm, span, steps)
+    if not on_main(lambda: (arm.folder / RESULT_FILE).is_file()):  # else: other test images
+        log.say(f"{arm.folder}: training {arm.name} of {arm.student} with seed {arm.seed}")
+        try:
+            distill(made, control=arm.name == "control")
+        except Interrupted as error:
+            raise Interrupted(
+                f"{error}; the whole comparison: dino-kd distill {settings.run_dir} resume=auto"
+            ) from None
+    answer = answer_of_student(arm.folder, exam, made, device)
+
+    def write() -> None:
+        training = training_cost(arm.folder, made.optim.batch_size)
+        if equal_time is not None:
+            training["equal_time"] = equal_time
+        teacher = read_tensors(Path(settings.run_dir) / "teacher")
+        record(arm.folder, answer, exam, made, device, training=training, teacher=teacher)
+
+    on_main(write)
 
 
-def total_steps(settings: DistillConfig) -> int:
-    """Optimiser steps of the distilled arm."""
-    images = open_images(settings, labels_for=needs_labels(settings.terms))
-    optim = settings.optim
-    return make_span(
-        len(images.train), batch_size=optim.batch_size, length=optim.length, warmup=optim.warmup,
-        accumulate=1, world_size=1, images="data.train",
-    ).total_steps  # fmt: skip
+def training_cost(run_dir: Path, batch_size: int) -> dict[str, Any]:
+    """Steps and training seconds of a run, from its metrics.jsonl.
 
+    Seconds are the steps times the median cost of a step over the rows, so that neither a pause
+    nor the slow first steps count. Rows that compared gradients are left out where others exist.
 
-def equal_time(kd: Path, scratch: Path) -> int:
-    """Steps that scratch makes in the time that kd took."""
-    kd_seconds, kd_steps = training_cost(kd)
-    scratch_seconds, scratch_steps = training_cost(scratch)
-    return max(1, round(kd_seconds / (scratch_seconds / scratch_steps))) if kd_steps else 1
-
-
-def training_cost(run_dir: Path) -> tuple[float, int]:
-    """Seconds of training and steps of a run, from its metrics.
-
-    The median cost of a step times their number, so that a pause of the machine does not count.
+    Raises DataError when the file holds no speed.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    stored = load_settings(DistillConfig, [str(run_dir / "config.yaml")], command="distill")
-    costs = [stored.optim.batch_size / row["images_per_s"] for row in rows]
-    return float(np.median(costs)) * rows[-1]["step"], int(rows[-1]["step"])
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    timed = [row for row in rows if row.get("images_per_s")]
+    if not timed:
+        raise DataError(f"{path} holds no speed, so equal wall-clock cannot be found")
+    later = timed[1:] or timed
+    plain = [row for row in later if "gradient_cosine" not in row] or later
+    cost = statistics.median(batch_size / row["images_per_s"] for row in plain)
+    steps = int(rows[-1]["step"])
+    return {"steps": steps, "seconds_per_step": cost, "seconds": cost * steps}
 
 
-def score_arm(settings: DistillConfig, run_dir: Path) -> Scored:
-    """The student of a finished run on the test images; its numbers and answers stay in ``eval/``.
-
-    top1: its own classifier; knn_top1: weighted k-NN (k=20) among the labelled training images;
-    agreement and kl: with the teacher's logits, for arms that had them.
-    """
-    with process_group(settings.device) as device:
-        images = open_images(settings, labels_for=["ce"] if _has_labels(settings) else [])
-        student = load_student(run_dir).to(device)
-        names = ["output"] + (["logits"] if student.classifier is not None else [])
-
-        def describe(x: Tensor) -> dict[str, Tensor]:
-            made = student.answers_to(x, names)
-            if student.token_classifier is not None:
-                made["logits"] = student.logits_of(x)
-            return {name: made[name] for name in names}
-
-        bank = _score(student.backbone, images, settings, device, describe)
-        knn = _knn(student.backbone, bank, images, settings, device, describe)
-    seconds, steps = training_cost(run_dir)
-    numbers = {"steps": float(steps), "seconds": seconds, "knn_top1": knn}
-    right = None
-    if "logits" in bank.parts:
-        right = _right(bank, images)
-        numbers["top1"] = 100 * float(right.mean())
-    if is_main_process():
-        if "logits" in bank.parts:
-            logits = {"logits": bank.parts["logits"].half(), "indices": bank.indices}
-            write_tensors(run_dir / "eval" / "test_logits.safetensors", logits)
-        write_json(run_dir / "eval" / "distill.json", numbers | {"k": _NEIGHBOURS})
-    return Scored(right, numbers, bank.parts.get("logits"))
-
-
-def score_teacher(settings: DistillConfig) -> Scored:
-    """The teacher on the test images at its own size: its head and its neighbours."""
-    with process_group(settings.device) as device:
-        images = open_images(settings, labels_for=["ce"] if _has_labels(settings) else [])
-        teacher = open_teachers(settings, images, False)[0][0].to(device)
-        names = ["output"] + (["logits"] if teacher.head is not None else [])
-
-        def describe(x: Tensor) -> dict[str, Tensor]:
-            return teacher.answers_to(x, names)
-
-        bank = _score(teacher.backbone, images, settings, device, describe)
-        numbers = {"knn_top1": _knn(teacher.backbone, bank, images, settings, device, describe)}
-    right = None
-    if "logits" in bank.parts and images.test_labels is not None:
-        right = _right(bank, images)
-        numbers["top1"] = 100 * float(right.mean())
-    return Scored(right, numbers, bank.parts.get("logits"))
-
-
-def load_student(run_dir: Path) -> Student:
-    """Backbone and classifiers of a finished run, in eval mode."""
-    backbone = load_backbone(run_dir)
-    path = run_dir / CLASSIFIER_FILE
-    tensors: dict[str, Tensor] = {}
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    count = len(tensors["bias"]) if tensors else None
-    student = Student(backbone, count, with_token="token_weight" in tensors)
-    for prefix, layer in (("", student.classifier), ("token_", student.token_classifier)):
-        if layer is not None:
-            layer.load_state_dict({name: tensors[prefix + name] for name in ("weight", "bias")})
-    return student.eval()
-
-
-def summary(
-    scored: dict[str, list[Scored]], teacher: Scored, settings: DistillConfig
-) -> dict[str, Any]:
-    """The numbers of the table: a row for each arm, differences to the distilled one, a verdict."""
-    for arm in ("kd", "control"):
-        for one in scored.get(arm, []):
-            one.numbers |= _fidelity(one, teacher)
-    rows: dict[str, Any] = {"teacher": teacher.numbers}
-    for arm, runs in scored.items():
-        names = dict.fromkeys(name for run in runs for name in run.numbers)
-        values = {name: [run.numbers[name] for run in runs] for name in names}
-        rows[arm] = {
-            name: mean_interval(np.array(found))._asdict() if "top1" in name else
-            float(np.mean(found))
-            for name, found in values.items()
-        }  # fmt: skip
-    metric = "top1" if all(run.right is not None for r in scored.values() for run in r) else None
-    differences = _differences(scored, teacher) if metric else {}
+def equal_wall_clock(arm: Arm, settings: DistillConfig) -> dict[str, Any]:
+    """How many steps of scratch take the time of kd with the same seed, and both numbers."""
+    kd, scratch = (
+        training_cost(arm.folder.with_name(f"{name}-seed{arm.seed}"), settings.optim.batch_size)
+        for name in ("kd", "scratch")
+    )
+    steps = max(1, round(kd["seconds"] / scratch["seconds_per_step"]))
     return {
-        "seeds": settings.seeds,
-        "student": settings.student.backbone,
-        "teacher": settings.teacher.backbone,
-        "rows": rows,
-        "differences": differences,
-        "verdict": verdict(differences),
+        "kd_seconds": kd["seconds"],
+        "scratch_seconds_per_step": scratch["seconds_per_step"],
+        "steps": steps,
     }
 
 
-def _differences(scored: dict[str, list[Scored]], teacher: Scored) -> dict[str, Any]:
-    """kd less every other arm, in points of top-1, with what is known about chance."""
-    found: dict[str, Any] = {}
-    right = {arm: np.stack([r.right for r in runs if r.right is not None])
-             for arm, runs in scored.items()}  # fmt: skip
-    for other in ("scratch", "scratch_plus", "control"):
-        if "kd" not in right or other not in right:
-            continue
-        entry: dict[str, Any] = bootstrap_difference(right["kd"], right[other])._asdict()
-        entry["mcnemar_p"] = [mcnemar(a, b) for a, b in zip(right["kd"], right[other], strict=True)]
-        if "top1" in teacher.numbers:
-            entry["gap_recovered"] = gap_recovered(
-                100 * float(right["kd"].mean()),
-                100 * float(right[other].mean()),
-                teacher.numbers["top1"],
+def score_teacher(settings: DistillConfig, exam: Exam, device: torch.device) -> None:
+    """The table's first row: the teacher on the same images, with class scores if it has any."""
+    folder = Path(settings.run_dir) / "teacher"
+    if is_scored(folder, exam):
+        return
+    teachers = teachers_with_scores(settings)
+    for teacher in teachers:
+        teacher.to(device)
+    answer = answer_of_teachers(teachers, exam, settings, device)
+    write = functools.partial(
+        record, folder, answer, exam, settings, device, training={}, teacher=None
+    )
+    on_main(write)
+
+
+def teachers_with_scores(settings: DistillConfig) -> list[Teacher]:
+    """The teachers, with logits even where no term reads them, if they have a head."""
+    images = open_images(settings, labels_for=needs_labels(settings.terms))
+    if needs_logits(settings.terms):
+        return open_teachers(settings, images, control=False)[0]
+    off = settings.terms.model_dump(mode="json") | {"preset": "none"}
+    asking = TermsSettings(**(off | {"logit_kd": {"weight": 1.0}}))
+    try:
+        asked = settings.model_copy(update={"terms": asking})
+        return open_teachers(asked, images, control=False)[0]
+    except ConfigError:  # no head that fits
+        return open_teachers(settings, images, control=False)[0]
+
+
+def conclude(settings: DistillConfig, arms: Sequence[Arm], exam: Exam) -> dict[str, Any]:
+    """The comparison of one student from the files of its arms."""
+    everyone = {"teacher": [load_scored(Path(settings.run_dir) / "teacher")]}
+    for arm in arms:
+        everyone.setdefault(arm.name, []).append(load_scored(arm.folder))
+    everyone, count = on_shared_images(everyone)
+    (teacher,) = everyone.pop("teacher")
+    result = judge(everyone, teacher, student=arms[0].student, seeds=settings.seeds)
+    notes = [] if count == len(exam.test) else [f"{len(exam.test) - count} broken test images"]
+    for arm in arms:
+        training = json.loads((arm.folder / RESULT_FILE).read_text(encoding="utf-8"))["training"]
+        if equal := training.get("equal_time"):
+            notes.append(
+                f"scratch_plus of seed {arm.seed}: kd took {equal['kd_seconds']:.1f} s, a step of "
+                f"scratch {1000 * equal['scratch_seconds_per_step']:.1f} ms: {equal['steps']:,} "
+                "steps take equal time"
             )
-        found[other] = entry
-    if len(right.get("scratch", ())) > 1:
-        pair = right["scratch"][:1], right["scratch"][1:2]
-        found["seed_noise"] = bootstrap_difference(*pair)._asdict()
-    return found
+    return result | {"notes": notes}
 
 
-def verdict(differences: dict[str, Any]) -> str:
-    """One sentence; against scratch_plus when it was trained, else against scratch."""
-    against = "scratch_plus" if "scratch_plus" in differences else "scratch"
-    words = {"scratch_plus": "scratch with equal time", "scratch": "scratch with equal steps"}
-    gain = differences.get(against)
-    if gain is None:
-        return "not compared: add arms=scratch,scratch_plus,kd,control"
-    size = f"{gain['value']:+.2f} points over {words[against]} (95 % CI {gain['low']:+.2f} to "
-    size += f"{gain['high']:+.2f})"
-    if gain["high"] < 0:
-        return f"distillation hurts: {size}"
-    if gain["low"] <= 0:
-        return f"no effect that these images and seeds can show: {size}"
-    control = differences.get("control")
-    if control is not None and control["low"] <= 0:
-        return (
-            f"it helps, but not by what the teacher knows: {size}, and a teacher of random weights "
-            f"helps as much ({control['value']:+.2f} to it)"
-        )
-    return f"distillation helps: {size}"
+def load_scored(folder: Path) -> Scored:
+    """What `record` left in a folder; "indices" among the hits tells the images."""
+    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    tensors = read_tensors(folder)
+    named = {"top1": "hits", "knn20_top1": "knn_hits", "indices": "indices"}
+    hits = {key: _array(tensors[name]) for key, name in named.items() if name in tensors}
+    training = result["training"]
+    return Scored(result["metrics"], hits, training.get("steps"), training.get("seconds"))
 
 
-def table(result: dict[str, Any]) -> str:
-    """The comparison in Markdown."""
-    lines = [
-        "| arm | steps | training time | top-1 % | k-NN % | agreement % |",
-        "|---|---|---|---|---|---|",
+def on_shared_images(
+    scored: dict[str, list[Scored]],
+) -> tuple[dict[str, list[Scored]], int]:
+    """All networks on the images that every one of them could read, and how many these are."""
+    everyone = [one for several in scored.values() for one in several]
+    shared = set(everyone[0].hits["indices"].tolist())
+    for one in everyone[1:]:
+        shared &= set(one.hits["indices"].tolist())
+
+    def cut(one: Scored) -> Scored:
+        rows = [place for place, index in enumerate(one.hits["indices"]) if index in shared]
+        kept = {name: values[rows] for name, values in one.hits.items() if name != "indices"}
+        return replace(one, hits=kept)
+
+    return {name: [cut(one) for one in several] for name, several in scored.items()}, len(shared)
+
+
+def report(settings: DistillConfig, arms: Sequence[Arm], exam: Exam) -> list[str]:
+    """Write arms.json and arms.md; returns the lines of the tables."""
+    run_dir = Path(settings.run_dir)
+    results = [
+        conclude(settings, [arm for arm in arms if arm.student == student], exam)
+        for student in settings.students
     ]
-    for arm, row in result["rows"].items():
-        seconds = row.get("seconds")
-        cells = [
-            arm,
-            f"{row['steps']:,.0f}" if "steps" in row else "",
-            f"{seconds:,.0f} s" if seconds else "",
-            _interval(row.get("top1")),
-            _interval(row.get("knn_top1")),
-            f"{row['agreement']:.1f}" if "agreement" in row else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"{len(result['seeds'])} seed(s); +- is the 95 % interval of their mean."]
-    for other, entry in result["differences"].items():
-        first = "scratch of one seed" if other == "seed_noise" else "kd"
-        second = "of another" if other == "seed_noise" else other
-        gap = entry.get("gap_recovered")
-        more = f", {100 * gap:.0f} % of the way to the teacher" if gap is not None else ""
-        lines.append(
-            f"{first} - {second}: {entry['value']:+.2f} points "
-            f"({entry['low']:+.2f} to {entry['high']:+.2f}){more}"
-        )
-    return "\n".join([*lines, "", result["verdict"]])
+    lines = [line for result in results for line in (*as_lines(result), "")]
+    write_json(run_dir / "arms.json", {"students": results})
+    write_text(run_dir / "arms.md", "\n".join(lines))
+    return [*lines, f"comparison: {run_dir}/arms.md and arms.json"]
 
 
-def _interval(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    half = value["high"] - value["value"]
-    return f"{value['value']:.2f}" + ("" if math.isnan(half) else f" +- {half:.2f}")
-
-
-def _has_labels(settings: DistillConfig) -> bool:
-    return settings.data.labels != 0
-
-
-def _score(backbone, images, settings, device, describe) -> FeatureBank:  # type: ignore[no-untyped-def]
-    """Features, and logits beside them, of the test images."""
-    size = backbone.img_size
-    return extract_with(
-        backbone, images.test, EvalTransform(size, default_resize(size)), describe, batch_size=256,
-        num_workers=loader_processes(settings.data.num_workers, processes_here()), device=device,
-    )  # fmt: skip
-
-
-def _knn(backbone, queries, images, settings, device, describe) -> float:  # type: ignore[no-untyped-def]
-    """Weighted k-NN accuracy in percent with the labelled training images as the bank."""
-    known = np.flatnonzero(images.labels.numpy() >= 0)
-    if not len(known):
-        raise DataError(
-            "data.train: no image has a label, so nothing can vote in the k-NN score of the arms; "
-            "give a labelled set (terms may still leave the labels out)"
-        )
-    bank = _score(
-        backbone, TrainingImages(images.train, images.labels, None, subset(images.train, known)),
-        settings, device, describe,
-    )  # fmt: skip
-    scored = knn_accuracy(
-        queries.features, images.test_labels[queries.indices],
-        bank.features, images.labels[known][bank.indices], ks=[_NEIGHBOURS],
-    )  # fmt: skip
-    return float(scored[_NEIGHBOURS]["top1"])
-
-
-def _right(bank: FeatureBank, images: TrainingImages) -> np.ndarray:
-    assert images.test_labels is not None  # check_arms asked for labelled test images
-    truth = images.test_labels[bank.indices]
-    return (bank.parts["logits"].argmax(1) == truth).numpy()
-
-
-def _fidelity(one: Scored, teacher: Scored) -> dict[str, float]:
-    """Agreement with the teacher in percent, KL(teacher || student) in nats, on test images."""
-    if one.logits is None or teacher.logits is None or one.logits.shape != teacher.logits.shape:
-        return {}
-    same = (one.logits.argmax(1) == teacher.logits.argmax(1)).float().mean()
-    ours, theirs = one.logits.log_softmax(1), teacher.logits.log_softmax(1)
-    kl = (theirs.exp() * (theirs - ours)).sum(1).mean()
-    return {"agreement": 100 * float(same), "kl": float(kl)}
+def _array(values: Tensor) -> Any:
+    return values.numpy() if values.dtype == torch.int64 else values.bool().numpy()

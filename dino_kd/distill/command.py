@@ -12,8 +12,7 @@ def main(argv: list[str]) -> int:
     """`dino-kd distill [CONFIG] a.b=c ...`."""
     settings = load_settings(DistillConfig, argv, command="distill")
     if settings.arms or settings.students:
-        for table in compare(settings):
-            print(table)
+        compare(settings)
     else:
         distill(settings)
     return 0

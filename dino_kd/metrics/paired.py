@@ -1,10 +1,19 @@
-"""Is one network better than another on the same images? Intervals and tests on paired answers."""
+"""Two ways of training compared image by image: is the difference more than luck?
+
+`hits` are bool ``[S, N]``: S seeds, N test images, whether the image is right. Accuracies and
+differences are in points (percent of images); intervals are percentile bootstraps over images and
+seeds at once. With one seed they speak of the images alone.
+"""
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
+
+RESAMPLES = 2000
+_SMALLEST_GAP = 1.0  # points between teacher and baseline below which a share of it means nothing
 
 
 class Interval(NamedTuple):
@@ -15,38 +24,32 @@ class Interval(NamedTuple):
     high: float
 
 
+def accuracy_interval(hits: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Accuracy over all seeds. Raises ValueError unless `hits` is ``[S, N]``, neither being 0."""
+    return _bootstrap([_checked(hits)], resamples, seed)
+
+
 def bootstrap_difference(
-    ours: np.ndarray, theirs: np.ndarray, *, resamples: int = 2000, seed: int = 0
+    ours: np.ndarray, theirs: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Difference of two accuracies in points, over images and seeds at once.
+    """Accuracy of `ours` less that of `theirs`.
 
     Every resample draws images with replacement, the same for both sides, and seeds with
-    replacement on each side (training runs of one seed are not paired: their noise is their own).
-    With one seed the interval is that of the images alone.
+    replacement on each side: two trainings of one seed differ in more than what is compared.
 
     Args:
-        ours: bool ``[seeds, N]``, whether each image is right.
-        theirs: likewise, for the same images.
+        ours: bool ``[S, N]``.
+        theirs: bool ``[R, N]``, of the same images.
         resamples: how many.
         seed: of the draws.
 
     Raises:
-        ValueError: another number of images.
+        ValueError: another number of images, or none.
     """
-    if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1] != theirs.shape[1]:
-        raise ValueError(f"expected [seeds, N] twice, got {ours.shape} and {theirs.shape}")
-    rng = np.random.default_rng(seed)
-    count = ours.shape[1]
-    drawn = np.empty(resamples)
-    for number in range(resamples):
-        often = np.bincount(rng.integers(count, size=count), minlength=count)  # [N]
-        sides = [
-            (side[rng.integers(len(side), size=len(side))] @ often).mean()
-            for side in (ours, theirs)
-        ]
-        drawn[number] = 100 * (sides[0] - sides[1]) / count
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(100 * float(ours.mean() - theirs.mean()), float(low), float(high))
+    sides = [_checked(ours), _checked(theirs)]
+    if sides[0].shape[1] != sides[1].shape[1]:
+        raise ValueError(f"cannot pair {sides[0].shape[1]} images with {sides[1].shape[1]}")
+    return _bootstrap(sides, resamples, seed)
 
 
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -56,6 +59,8 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
     """
     from scipy.stats import binomtest
 
+    if ours.shape != theirs.shape:
+        raise ValueError(f"cannot pair {ours.shape} with {theirs.shape}")
     only_ours = int((ours & ~theirs).sum())
     only_theirs = int((theirs & ~ours).sum())
     if only_ours + only_theirs == 0:
@@ -68,15 +73,42 @@ def gap_recovered(student: float, scratch: float, teacher: float) -> float | Non
 
     None when the teacher is less than a point ahead: the share is then noise.
     """
-    return None if teacher - scratch < 1 else (student - scratch) / (teacher - scratch)
+    gap = teacher - scratch
+    return (student - scratch) / gap if gap >= _SMALLEST_GAP else None
 
 
-def mean_interval(values: np.ndarray) -> Interval:
-    """Mean of a few runs ``[R]`` with its 95 % interval by Student's t; one run has no interval."""
-    from scipy.stats import t
+def seed_noise(hits: np.ndarray) -> dict[str, float] | None:
+    """What another seed alone changes: means over all pairs of the S seeds; None for one seed.
 
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, float("nan"), float("nan"))
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return Interval(mean, mean - half, mean + half)
+    ``difference``: of the accuracies, in points, without sign. ``churn``: images that one of the
+    two gets right and the other wrong, in percent.
+    """
+    pairs = list(itertools.combinations(range(len(hits)), 2))
+    if not pairs:
+        return None
+    means = 100 * hits.mean(1)
+    return {
+        "difference": float(np.mean([abs(means[a] - means[b]) for a, b in pairs])),
+        "churn": float(np.mean([100 * (hits[a] != hits[b]).mean() for a, b in pairs])),
+    }
+
+
+def _checked(hits: np.ndarray) -> np.ndarray:
+    if hits.ndim != 2 or 0 in hits.shape:
+        raise ValueError(f"expected hits of shape [seeds, images], got {hits.shape}")
+    return hits.astype(np.float64)
+
+
+def _bootstrap(sides: list[np.ndarray], resamples: int, seed: int) -> Interval:
+    """The first side's mean less the second's, if there is one, in percent."""
+    signs = (1, -1)
+    rng = np.random.default_rng(seed)
+    count = sides[0].shape[1]
+    drawn = np.empty(resamples)
+    for number in range(resamples):
+        often = np.bincount(rng.integers(count, size=count), minlength=count) / count  # [N]
+        means = (side[rng.integers(len(side), size=len(side))].mean(0) @ often for side in sides)
+        drawn[number] = 100 * sum(s * mean for s, mean in zip(signs, means, strict=False))
+    value = 100 * sum(s * float(side.mean()) for s, side in zip(signs, sides, strict=False))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(value, float(low), float(high))

@@ -347,12 +347,15 @@ class DistillConfig(RunSettings):
         [],
         "Train these in folders of run_dir and compare them. scratch: labels alone, equal steps; "
         "scratch_plus: equal wall-clock; kd: distilled; control: from a teacher of random weights.",
+        free=True,
     )
     seeds: Annotated[
         list[Annotated[int, Field(ge=0)]],
         BeforeValidator(_split_at_commas),
         InWords("whole numbers with commas"),
-    ] = setting([0], "Seeds of the arms.")
+    ] = setting([0], "Seeds of the arms; when only `seed` is given, that one.", free=True)
     students: Annotated[
         list[Text], BeforeValidator(_split_at_commas), InWords("timm names with commas")
-    ] = setting([], "Several students, one after the other, from one pass of the teacher.")
+    ] = setting(
+        [], "Several students, one after the other, from one pass of the teacher.", free=True
+    )
