@@ -98,7 +98,7 @@ def whole(images, teacher, tmp_path_factory):
 
 RICH = [
     "data.labels=0.5", "terms.cosine_kd.weight=1", "terms.cosine_kd.hidden_dim=16",
-    "terms.queue_kd.weight=1", "student.ema=0.5",
+    "terms.queue_kd.weight=1", "terms.feature_kd.weight=0", "student.ema=0.5",
 ]  # fmt: skip
 
 
@@ -392,7 +392,7 @@ def test_a_signal_ends_the_command_after_a_checkpoint(images, teacher, tmp_path)
     run_dir = tmp_path / "run"
     argv = words(images, teacher, run_dir, "optim.length=4000", "log.save_every=4000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "dino_kd", "distill", *argv], cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "dino_kd", "distill", *argv], cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     until = time.time() + 120
@@ -421,7 +421,7 @@ def test_other_settings_are_refused_on_resume(whole, images, teacher):
 
 
 def test_half_precision_and_micro_batches_give_nearly_the_same(images, teacher, tmp_path):
-    """A ViT without batch norm: micro-batches change rounding only."""
+    """A ViT and terms without batch norm: micro-batches change rounding only."""
     found = {}
     for name, more in {
         "plain": [], "bf16": ["optim.precision=bf16"], "parts": ["optim.accumulate=3"],
@@ -429,7 +429,7 @@ def test_half_precision_and_micro_batches_give_nearly_the_same(images, teacher, 
         run = distill(
             settings(
                 images, teacher, tmp_path / name, *VIT_STUDENT, "optim.base_lr=0.001", *more,
-                "terms.feature_kd.weight=0",
+                "terms.feature_kd.weight=0", "terms.cosine_kd.weight=0",
             )
         )  # fmt: skip
         found[name] = [row["loss"] for row in read_metrics(run)]
@@ -446,12 +446,13 @@ def test_two_processes_equal_one(images, teacher, tmp_path, accumulate):
     plain = [
         *VIT_STUDENT, "augment.mix_share=0", "data.labels=0.5", "optim.length=10",
         f"optim.accumulate={accumulate}", "optim.base_lr=0.001", "terms.dkd.weight=1",
+        "terms.cosine_kd.weight=0", "terms.feature_kd.weight=0",  # their projectors have batch norm
     ]  # fmt: skip
     alone = distill(settings(images, teacher, tmp_path / "one", *plain))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "dino_kd", "distill", *words(images, teacher, tmp_path / "two", *plain)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
         check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
