@@ -217,7 +217,7 @@ class TermsSettings(Settings):
 
     preset: Literal["labels", "label_free", "none"] = setting(
         "labels",
-        "labels: cross-entropy and the teacher's logits; label_free: the teacher's features; "
+        "labels: cross-entropy, the teacher's logits and features; label_free: its features; "
         "none: only what is given.",
     )
     standardise: Literal["auto", "columns", "phi_s"] = setting(
@@ -270,7 +270,7 @@ class TermsSettings(Settings):
 
 
 TERM_PRESETS: dict[str, dict[str, float]] = {
-    "labels": {"ce": 0.1, "logit_kd": 4.0},
+    "labels": {"ce": 0.1, "logit_kd": 4.0, "cosine_kd": 2.0, "feature_kd": 1.0},
     "label_free": {"cosine_kd": 1.0, "relation_kd": 0.5},
     "none": {},
 }
