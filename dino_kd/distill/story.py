@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,8 @@ from dino_kd.tasks.teacher import Teacher
 from dino_kd.terms.term import learns_scales
 
 PROJECTORS_FILE = "projectors.safetensors"
-_FIT_IMAGES = 2048  # from which the scales of a teacher's features are learned
+_FIT_IMAGES = (64, 2048)  # at least and at most, to learn the scales of a teacher's features
+_ROWS_PER_COLUMN = 100  # of them for every column: PHI-S needs 20
 
 
 @dataclass
@@ -108,7 +110,8 @@ def distill(settings: DistillConfig, *, control: bool = False) -> Path:
 
         # Save: the student with statistics of unmixed images, projectors apart.
         if recalibrates(lesson):
-            recalibrate(task.product.backbone, clean_batches(lesson), device)
+            clean = clean_batches(lesson, lesson.settings.recalibrate)
+            recalibrate(task.product.backbone, clean, device)
         on_main(functools.partial(save_networks, lesson))
         log.say(f"done: {progress.step:,} steps; the student is in {lesson.run_dir}/backbone")
         log.say(
@@ -398,13 +401,21 @@ def fit_terms(lesson: Lesson) -> None:
         if not names:
             continue
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for pixels in clean_batches(lesson):
+        for pixels in clean_batches(lesson, images_to_fit(teacher, names)):
             made = teacher.answers(pixels.to(lesson.device).float(), names)
             for name, values in made.items():
                 collected[name].append(values)
         answers = {name: torch.cat(values) for name, values in collected.items()}
         for term in terms:
             term.fit(answers)  # type: ignore[operator]
+
+
+def images_to_fit(teacher: Teacher, names: Sequence[str]) -> int:
+    """How many images hold enough places: all of them at once are kept in memory."""
+    few, many = _FIT_IMAGES
+    shapes = teacher.shapes(names).values()
+    wanted = [_ROWS_PER_COLUMN * shape[0] / math.prod(shape[1:]) for shape in shapes]
+    return min(many, max(few, *map(math.ceil, wanted)))
 
 
 def recalibrates(lesson: Lesson) -> bool:
@@ -414,10 +425,12 @@ def recalibrates(lesson: Lesson) -> bool:
     return mixes and lesson.settings.recalibrate > 0
 
 
-def clean_batches(lesson: Lesson):  # type: ignore[no-untyped-def]
-    """Unmixed, uncropped training images, uint8 ``[B, C, H, W]``; the same on every process."""
+def clean_batches(lesson: Lesson, count: int) -> Iterator[torch.Tensor]:
+    """Up to `count` unmixed, uncropped training images, uint8 ``[B, C, H, W]``, evenly spaced.
+
+    The same on every process.
+    """
     size = lesson.task.student.backbone.img_size
-    count = lesson.settings.recalibrate or _FIT_IMAGES
     chosen = evenly_spaced(len(lesson.images.train), count)
     made = image_batches(
         lesson.images.train, chosen, EvalTransform(size, default_resize(size)), batch_size=128

@@ -23,7 +23,14 @@ from dino_kd import cli, load_backbone
 from dino_kd.config import load_settings
 from dino_kd.data.loader import EvalTransform
 from dino_kd.data.specs import make_dataset
-from dino_kd.distill.story import Lesson, clean_batches, distill, prepare, train
+from dino_kd.distill.story import (
+    Lesson,
+    clean_batches,
+    distill,
+    images_to_fit,
+    prepare,
+    train,
+)
 from dino_kd.engine import loop
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
 from dino_kd.engine.schedules import faded
@@ -536,8 +543,16 @@ def test_the_teacher_that_changes_is_noticed(images, teacher, tmp_path, monkeypa
 
 def test_clean_batches_are_whole_images(images, teacher, tmp_path):
     lesson = prepare(settings(images, teacher, tmp_path / "run"), torch.device("cpu"))
-    (batch,) = clean_batches(lesson)
+    (batch,) = clean_batches(lesson, 24)
     assert batch.dtype == torch.uint8
     assert batch.shape == (24, 3, 32, 32)
     with pytest.raises(DataError):
         prepare(settings(images, teacher, tmp_path / "run", "data.labels=0"), torch.device("cpu"))
+
+
+def test_scales_are_learned_from_as_many_images_as_hold_enough_places(images, teacher, tmp_path):
+    (one,) = prepare(settings(images, teacher, tmp_path / "run"), torch.device("cpu")).teachers
+    shape = one.shapes(["map"])["map"]
+    wanted = 100 * shape[0] / (shape[1] * shape[2])
+    assert images_to_fit(one, ["map"]) == min(2048, max(64, int(np.ceil(wanted))))
+    assert images_to_fit(one, ["output"]) == min(2048, 100 * one.shapes(["output"])["output"][0])

@@ -107,7 +107,7 @@ def test_a_sweep_here_reports_the_failed_point(
 
 
 def write_pipeline(folder: Path, images: Path) -> Path:
-    """pretrain -> evaluate -> train on -> evaluate: a stage may be any command."""
+    """pretrain -> evaluate -> distill -> evaluate: the whole way to a small network."""
     learn = dict(word.split("=", 1) for word in FAST) | {"data.train": str(images)}
     score = {
         "train": str(images), "test": str(images), "device": "cpu", "num_workers": 0,
@@ -117,9 +117,13 @@ def write_pipeline(folder: Path, images: Path) -> Path:
         "pretrain": {"command": "pretrain", "settings": {**learn, "optim.length": 4},
                      "slurm": {"tasks_per_node": 2}},
         "score": {"command": "evaluate", "settings": {**score, "backbone": "{pretrain}"}},
-        "longer": {"command": "pretrain", "after": ["pretrain"],
-                   "settings": {**learn, "optim.length": 2, "model.init_from": "{pretrain}"}},
-        "score_longer": {"command": "evaluate", "settings": {**score, "backbone": "{longer}"}},
+        "distill": {"command": "distill", "config": "distill/label_free", "after": ["pretrain"],
+                    "settings": {
+            "data.train": str(images), "data.num_workers": 0, "device": "cpu",
+            "teacher.backbone": "{pretrain}", "student.image_size": 32,
+            "student.backbone": "test_resnet", "optim.batch_size": 8, "optim.length": 2,
+            "optim.precision": "fp32", "log.tensorboard": False}},
+        "score_student": {"command": "evaluate", "settings": {**score, "backbone": "{distill}"}},
     }  # fmt: skip
     file = folder / "pipeline.yaml"
     file.write_text(yaml.safe_dump({"folder": "p", "stages": stages}, sort_keys=False))
@@ -131,7 +135,7 @@ def test_a_pipeline_runs_here_and_is_not_repeated(
 ) -> None:
     file = write_pipeline(tmp_path, images)
     finish(start("pipeline", str(file)))
-    for stage in ("score", "score_longer"):
+    for stage in ("score", "score_student"):
         result = json.loads((tmp_path / "p" / stage / "suite_teacher.json").read_text())
         assert 0 <= result["metrics"]["teacher"]["knn"]["knn1_top1"] <= 100
     assert finish(start("pipeline", str(file))).count("done before") == 4
@@ -145,11 +149,11 @@ def test_mistakes_of_a_pipeline_come_before_its_start(
     file = write_pipeline(tmp_path, images)
     tree = yaml.safe_load(file.read_text())
     tree["stages"]["score"]["after"] = ["pretrian"]
-    tree["stages"]["longer"]["settings"]["model.init_from"] = "{pre}"
-    tree["stages"]["score_longer"]["comand"] = "x"
+    tree["stages"]["distill"]["settings"]["teacher.backbone"] = "{pre}"
+    tree["stages"]["score_student"]["comand"] = "x"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     said = finish(start("pipeline", str(file)), 2)
     assert "stages.score.after: unknown stage 'pretrian'; did you mean 'pretrain'?" in said
-    assert "stages.longer: {pre}: unknown stage 'pre'" in said
-    assert "stages.score_longer.comand" in said
+    assert "stages.distill: {pre}: unknown stage 'pre'" in said
+    assert "stages.score_student.comand" in said
     assert not (tmp_path / "p").exists()

@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from dino_kd.errors import ConfigError, UserError
-from dino_kd.schema import COMMANDS, LaunchConfig, SlurmSettings
-from dino_kd.schema.base import RunSettings, Settings, setting
+from dino_kd.schema import LaunchConfig, SlurmSettings
 from dino_kd.schema.launch import minutes_of
 from launch import cluster
 from launch.batch import batch_file, request
@@ -191,7 +190,8 @@ def test_packaged_launch_files_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings(LaunchConfig, [name], command="launch")
     stages = pipeline.read(["launch/pipeline"], [])
     assert [(stage.name, stage.after) for stage in stages] == [
-        ("pretrain", []), ("evaluate", ["pretrain"]),
+        ("pretrain", []), ("evaluate", ["pretrain"]), ("distill", ["pretrain"]),
+        ("evaluate_student", ["distill"]),
     ]  # fmt: skip
     assert stages[1].plan.slurm.gpus_per_node == 1
     points = split(["run_dir=s", "data.train=/x", "--points", str(find_config("launch/sweep"))],
@@ -199,30 +199,22 @@ def test_packaged_launch_files_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plan_sweep("pretrain", points, SlurmSettings()).job.points) == 3
 
 
-class _Teacher(Settings):
-    backbone: str = setting("", "A run or a name.")
-
-
-class _Distill(RunSettings):
-    """What a command that trains a student from a teacher asks for."""
-
-    teacher: _Teacher = _Teacher()
-
-
 def test_a_pipeline_takes_any_command_and_its_teacher_from_an_earlier_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    """pretrain -> evaluate -> distill -> evaluate, with a stand-in for the settings of distill."""
+    """pretrain -> evaluate -> distill twice -> evaluate."""
     from launch import pipeline
 
-    monkeypatch.setitem(COMMANDS, "distill", _Distill)
-    monkeypatch.setattr("launch.request.LAUNCHABLE", sorted({*COMMANDS} - {"launch"}))
+    data = {"data.train": "/a"}
     score = {"train": "/a", "test": "/b"}
     stages: dict[str, dict[str, Any]] = {
         "pretrain": {"command": "pretrain", "settings": {"data.train": "/a"}},
         "score": {"command": "evaluate", "settings": {**score, "backbone": "{pretrain}"}},
-        "dotted": {"command": "distill", "settings": {"teacher.backbone": "{pretrain}"}},
-        "nested": {"command": "distill", "settings": {"teacher": {"backbone": "{pretrain}"}}},
+        "dotted": {"command": "distill", "settings": {**data, "teacher.backbone": "{pretrain}"}},
+        "nested": {
+            "command": "distill",
+            "settings": {**data, "teacher": {"backbone": "{pretrain}"}},
+        },
         "end": {"command": "evaluate", "settings": {**score, "backbone": "{dotted}"}},
     }
     file = tmp_path / "p.yaml"
@@ -232,7 +224,7 @@ def test_a_pipeline_takes_any_command_and_its_teacher_from_an_earlier_stage(
     read = {stage.name: stage for stage in pipeline.read([str(file)], [])}
     for name in ("dotted", "nested"):
         settings = yaml.safe_load(read[name].plan.configs[0])
-        assert settings["teacher"] == {"backbone": str(tmp_path / "p" / "pretrain")}
+        assert settings["teacher"]["backbone"] == str(tmp_path / "p" / "pretrain")
         assert settings["run_dir"] == str(tmp_path / "p" / name)
         assert settings["resume"] == "auto"
     assert yaml.safe_load(read["end"].plan.configs[0])["backbone"] == str(tmp_path / "p" / "dotted")

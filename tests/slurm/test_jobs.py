@@ -235,8 +235,8 @@ def test_the_pipeline_file_of_the_local_test_on_slurm(
 
     launch("pipeline", str(write_pipeline(tmp_path, images)))
     jobs = {p.parts[-3]: load_job(p.parent) for p in tmp_path.glob("p/*/launch/job.json")}
-    assert jobs["score"].after == [jobs["pretrain"].job_id] == jobs["longer"].after
+    assert jobs["score"].after == [jobs["pretrain"].job_id] == jobs["distill"].after
     wait_for(lambda: all(ended(job.job_id) for job in jobs.values()), 400)
     assert [job.outcome() for job in jobs.values()] == ["done"] * 4, launch("status", "p")
-    assert (tmp_path / "p" / "score_longer" / "suite_teacher.json").is_file()
+    assert (tmp_path / "p" / "score_student" / "suite_teacher.json").is_file()
     assert launch("pipeline", "pipeline.yaml").count("done before") == 4
