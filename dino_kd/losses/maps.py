@@ -56,17 +56,6 @@ def energy_map(features: Tensor) -> Tensor:
     return features.float().square().mean(1)
 
 
-def cls_similarity_map(cls: Tensor, features: Tensor) -> Tensor:
-    """Cosine of the class token ``[B, D]`` and every patch of ``[B, D, h, w]``: ``[B, h, w]``."""
-    _require_map(features)
-    if cls.shape != features.shape[:2]:
-        raise ValueError(
-            f"a class token must be [B, D] for a map [B, D, h, w], got {list(cls.shape)} "
-            f"and {list(features.shape)}"
-        )
-    return (unit(cls)[:, :, None, None] * unit(features, 1)).sum(1)
-
-
 def attention_loss(
     student_map: Tensor, teacher_map: Tensor, *, form: Literal["kl", "l2"] = "kl"
 ) -> Tensor:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from dino_kd.losses.maps import (
     attention_loss,
-    cls_similarity_map,
     cosine_loss,
     energy_map,
     hint_loss,
@@ -40,13 +39,11 @@ def test_cosine_loss_is_two_minus_two_cosines():
 
 
 def test_maps_are_numpys():
-    cls, features = draw(2, 5), draw(2, 5, 3, 4, seed=1)
-    energy, similarity = energy_map(features), cls_similarity_map(cls, features)
+    features = draw(2, 5, 3, 4, seed=1)
+    energy = energy_map(features)
     for b, i, j in np.ndindex(2, 3, 4):
-        token, anchor = features[b, :, i, j].double().numpy(), cls[b].double().numpy()
+        token = features[b, :, i, j].double().numpy()
         assert energy[b, i, j].item() == pytest.approx((token**2).mean(), rel=1e-5)
-        cosine = token @ anchor / np.linalg.norm(token) / np.linalg.norm(anchor)
-        assert similarity[b, i, j].item() == pytest.approx(cosine, abs=1e-6)
 
 
 def test_published_attention_weight_over_the_grid_is_ours():
@@ -127,9 +124,6 @@ LOSSES = {
     "cosine": lambda s, t: cosine_loss(s.flatten(1), t.flatten(1)),
     "l2": lambda s, t: attention_loss(energy_map(s), energy_map(t), form="l2"),
     "kl": lambda s, t: attention_loss(energy_map(s), energy_map(t), form="kl"),
-    "cls": lambda s, t: attention_loss(
-        cls_similarity_map(s[:, :, 0, 0], s), cls_similarity_map(t[:, :, 0, 0], t)
-    ),
 }
 EVERY = pytest.mark.parametrize("name", LOSSES)
 
@@ -186,8 +180,6 @@ def test_shapes_that_do_not_fit_are_named():
         attention_loss(torch.zeros(2, 3, 3), torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match="'kl' or 'l2', got 'l1'"):
         attention_loss(torch.zeros(2, 3, 3), torch.zeros(2, 3, 3), form="l1")
-    with pytest.raises(ValueError, match="a class token must be"):
-        cls_similarity_map(torch.zeros(2, 3), torch.zeros(2, 4, 3, 3))
     with pytest.raises(ValueError, match=r"a map must be \[B, C, h, w\], got \[2, 3\]"):
         resample_map(torch.zeros(2, 3), (1, 1))
     with pytest.raises(ValueError, match="must both be"):
