@@ -203,16 +203,18 @@ def _data_parallel(task: nn.Module, device: torch.device) -> nn.Module:
 
     After its first step DDP sorts gradients into new buckets, which changes the order in which
     more than two ranks are summed: a resumed run then differs in the last bits of that step. With
-    `find_unused_parameters` it keeps its buckets, so that on a CPU a resume is exact.
+    `find_unused_parameters` it keeps its buckets, so that on a CPU a resume is exact. Elsewhere it
+    costs a walk through the graph, and only a task that says so (`skips_parameters`) needs it.
     """
     on_cpu = device.type == "cpu"
+    search = on_cpu or bool(getattr(task, "skips_parameters", False))
     with warnings.catch_warnings():
         # torch 2.15 announces another name for the argument, which older versions do not know
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         warnings.filterwarnings("ignore", "find_unused_parameters=True was spec", UserWarning)
         if on_cpu:
             _spend_warning()
-        return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=on_cpu)
+        return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=search)
 
 
 def _spend_warning() -> None:

@@ -49,7 +49,8 @@ def taps(backbone: Backbone, x: Tensor, names: Sequence[str]) -> dict[str, Tenso
         norm = backbone.net.norm if _has_last_norm(backbone) and "energy" in names else None
         raw = hooks.enter_context(kept_input(norm)) if norm is not None else []
         features, made = _forward(backbone, x, _strides(names))
-    made["output"] = backbone.net.forward_head(features, pre_logits=True)  # [N, D]
+    if "output" in names:
+        made["output"] = backbone.net.forward_head(features, pre_logits=True)  # [N, D]
     if "prefix" in names:
         made["prefix"] = features[:, : backbone.num_prefix_tokens]
     if {"map", "energy", "similarity"} & set(names):

@@ -108,6 +108,11 @@ class DistillTask(nn.Module):
         self.train()
 
     @property
+    def skips_parameters(self) -> bool:
+        """Whether some layers get no gradient: those behind the maps, when nothing else is read."""
+        return not {"output", "logits", "token_logits"} & set(self.student_taps)
+
+    @property
     def product(self) -> Student:
         """What is saved and scored: the moving average, if there is one."""
         return self.student if self.average is None else self.average

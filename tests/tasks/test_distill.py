@@ -382,3 +382,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         found.append(task.student.state_dict())
     for name, value in found[0].items():
         close(found[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_behind_the_last_map_that_is_read_are_announced():
+    """DistributedDataParallel must know of them, or it waits for gradients that never come."""
+    for taps, skips in ((("map-8",), True), (("map-8", "output"), False), (("logits",), False)):
+        term = Stateless()
+        term.student_taps = taps
+        backbone = create_backbone("test_resnet", img_size=32)
+        task = DistillTask(Student(backbone, 3), [], {"a": term})
+        assert task.skips_parameters is skips
