@@ -437,6 +437,8 @@ def shared_cache(settings: DistillConfig) -> Iterator[DistillConfig]:
 
 
 def _rounded(values: Tensor) -> Tensor:
+    """In the memory layout that a file gives back: sums over another one differ in the last bit."""
+    values = values.contiguous()
     half = values.to(torch.float16)
     overflows = (half.isinf() & values.isfinite()).any()
     return values.float() if overflows else half

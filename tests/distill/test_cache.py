@@ -222,3 +222,9 @@ def test_a_file_in_the_place_of_the_folder_is_refused(images, tuned, tmp_path):
     with pytest.raises(ConfigError, match="is a file"):
         distill(settings(images, tuned, tmp_path / "run", f"cache={tmp_path / 'c'}"))
     prepare(settings(images, tuned, tmp_path / "run"), torch.device("cpu"))
+
+
+def test_answers_are_kept_in_the_layout_that_a_file_gives_back():
+    maps = torch.randn(2, 9, 4).transpose(1, 2).unflatten(2, (3, 3))
+    assert not maps.is_contiguous()
+    assert keep([{"map": maps}], {}).restored()[0]["map"].is_contiguous()
