@@ -169,8 +169,15 @@ def test_a_loader_process_that_outlives_the_run_does_not_hold_it(tmp_path: Path)
         assert holder.stdout.readline() == "held\n"
         holder.kill()
         holder.wait()
-        with open_log(tmp_path) as log:
-            log.lock()
+        for patience in range(50, -1, -1):  # on a busy machine the child may not have run yet
+            try:
+                with open_log(tmp_path) as log:
+                    log.lock()
+                break
+            except UserError:
+                if not patience:
+                    raise
+                time.sleep(0.2)
     finally:
         holder.kill()
         if child is not None:
