@@ -68,18 +68,25 @@ class Teacher(nn.Module):
     def answers_to(self, x: Tensor, names: Sequence[str]) -> Answers:
         """As `answers`, of images that are normalised for this teacher, at any size it takes."""
         parts = self.head.parts if isinstance(self.head, LinearHead) else ("output",)
-        wanted = [name for name in names if name not in HEADS]
+        needed = set(names) - set(HEADS)
+        if "prototypes" in names:
+            needed.add("output")
         made: Answers = {}
+        inside: dict[str, Tensor] = {}
+        if "logits" in names and set(parts) <= {"output", "mean"}:  # the pass for the taps has them
+            needed |= {"map" if part == "mean" else part for part in parts}
+        elif "logits" in names:
+            inside = self.backbone.parts(x, list(dict.fromkeys([*parts, "output"])))
+            made["output"] = inside["output"]
+        made |= taps(self.backbone, x, sorted(needed - made.keys()))
         if "logits" in names:
             assert self.head is not None  # whoever asks has checked
-            inside = self.backbone.parts(x, list(dict.fromkeys([*parts, "output"])))
-            is_linear = isinstance(self.head, LinearHead)
-            made["logits"] = self.head(inside if is_linear else inside["output"])
-            made["output"] = inside["output"]
-        if "prototypes" in names and "output" not in made and "output" not in wanted:
-            wanted.append("output")
-        if set(wanted) - made.keys():
-            made |= taps(self.backbone, x, wanted)
+            inside = inside or {
+                part: made["map"].mean((2, 3)) if part == "mean" else made[part] for part in parts
+            }
+            made["logits"] = self.head(
+                inside if isinstance(self.head, LinearHead) else inside["output"]
+            )
         if "prototypes" in names:
             assert self.prototypes is not None
             made["prototypes"] = self.prototypes(made["output"])

@@ -132,3 +132,22 @@ def test_the_fingerprint_notices_one_number(kind):
     with torch.no_grad():
         tensor.view(-1)[-1] += 1e-6 + tensor.view(-1)[-1].abs()
     assert teacher.fingerprint() != before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("parts", "passes"), [(("output",), 1), (("output", "mean"), 1), (("block-1", "output"), 2)]
+)
+def test_logits_and_maps_come_from_one_pass_where_the_head_allows(parts, passes):
+    """The forward pass is what a teacher costs; only blocks need one of their own."""
+    backbone = make_backbone().eval()
+    head = LinearHead(parts, [24] * len(parts), ["a", "b"], HeadOrigin("x", "", (16, 16)))
+    teacher = Teacher(backbone, (16, 16), head=head)
+    calls = []
+    backbone.net.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    names = ["logits", "output", "map", "energy"]
+    made = teacher.answers(images(), names)
+    assert len(calls) == passes
+    assert list(made) == names
+    x = backbone.preprocess(images())
+    torch.testing.assert_close(made["logits"], head(backbone.parts(x, parts)))
