@@ -7,7 +7,6 @@ A network is either loaded completely or not at all.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import pickle
 import zipfile
@@ -28,6 +27,7 @@ from dino_kd.errors import CheckpointError, ConfigError, UserError, unknown_name
 from dino_kd.files import write_json, write_tensors
 from dino_kd.models.backbone import Backbone, as_size, create_backbone
 from dino_kd.models.dino_weights import choose_branch, read_dino_weights
+from dino_kd.models.fingerprint import weights_hash
 from dino_kd.models.torchvision_networks import (
     PREFIX,
     default_weights,
@@ -167,13 +167,8 @@ def save_backbone(backbone: Backbone, folder: str | Path) -> None:
 
 
 def backbone_hash(backbone: Backbone) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of all weights, device-independent."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.net.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """`weights_hash` of its network: the same for a folder, a run and a file of these weights."""
+    return weights_hash(backbone.net)
 
 
 def _timm_config(backbone: Backbone) -> dict[str, Any]:

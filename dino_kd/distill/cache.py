@@ -254,10 +254,12 @@ class TeacherCache:
     @functools.cached_property
     def entry(self) -> Path:
         """The folder of exactly these answers."""
-        text = json.dumps(self._about(), sort_keys=True)
+        text = json.dumps(self._about, sort_keys=True)
         return self.folder / text_fingerprint(text)[:32]
 
+    @functools.cached_property
     def _about(self) -> dict[str, Any]:
+        """Everything that shapes the answers; hashing the teachers' weights takes a while."""
         asked = zip(self.teachers, self.names, strict=True)
         return {
             "format": _FORMAT,
@@ -310,13 +312,12 @@ class TeacherCache:
                 "shorten optim.length, use terms without dense maps, or set cache=off"
             )
         self.say(f"cache: the teacher's answers take {sizes}")
-        about = self._about()
-        if _read_json(self.entry / ABOUT) != json.loads(json.dumps(about)):
+        if _read_json(self.entry / ABOUT) != json.loads(json.dumps(self._about)):
             if self.entry.is_dir() and any(self.entry.glob("*.safetensors")):
                 self.warn(f"cache: {self.entry} does not say what it holds; it is filled anew")
                 shutil.rmtree(self.entry, ignore_errors=True)
             try:
-                write_json(self.entry / ABOUT, about)
+                write_json(self.entry / ABOUT, self._about)
             except UserError as error:
                 raise UserError(str(error).replace("run_dir", "cache")) from error
         remove_leftovers(self.entry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from dino_kd.data.mixing import Answers
 from dino_kd.models.backbone import Backbone
+from dino_kd.models.fingerprint import weights_hash
 from dino_kd.models.head import DINOHead
 from dino_kd.models.linear_head import LinearHead
 from dino_kd.models.taps import tap_shapes, taps
@@ -98,9 +98,4 @@ class Teacher(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all weights and statistics: equal before and after training."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_hash(self)
