@@ -6,12 +6,22 @@ images never leaves the random start and 65,536 prototypes outnumber the images.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import asdict, dataclass
 
+import torch
+
+from dino_kd.engine.loop import FitOptions
+from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine
 from dino_kd.errors import ConfigError, DataError
 from dino_kd.lengths import in_steps
-from dino_kd.schema import PretrainConfig
+from dino_kd.schema import (
+    DistillConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SupervisedOptimSettings,
+)
 
 # Data sets of fewer images than the first number use the second as K.
 _PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
@@ -77,13 +87,41 @@ def make_span(
     return Span(num_images, steps_per_epoch, total, rise)
 
 
+def fit_options(
+    settings: PretrainConfig | FinetuneConfig | DistillConfig, span: Span, device: torch.device
+) -> FitOptions:
+    """What the loop is told about a run; `settings` with their arithmetic chosen."""
+    optim, log = settings.optim, settings.log
+    return FitOptions(
+        total_steps=span.total_steps,
+        batch_size=optim.batch_size,
+        device=device,
+        precision=optim.precision,
+        accumulate=optim.accumulate,
+        clip_grad=optim.clip_grad,
+        max_bad_steps=optim.max_bad_steps,
+        seed=settings.seed,
+        log_every=log.log_every,
+        save_every=max(1, span.steps(log.save_every)),
+    )
+
+
+def single_view_schedules(optim: SupervisedOptimSettings, span: Span) -> dict[str, Schedule]:
+    """The learning rate, a warm-up and a cosine, and the weight decay, which stays."""
+    peak = optim.base_lr * optim.batch_size / optim.lr_batch
+    fall = functools.partial(cosine, peak, optim.min_lr)
+    return {
+        "lr": after_warmup(fall, peak, span.warmup, span.total_steps),
+        "weight_decay": constant(optim.weight_decay),
+    }
+
+
 @dataclass(frozen=True)
 class Plan(Span):
     """Lengths in optimiser steps, resolved against the data set."""
 
     temp_warmup: int
     freeze_last_layer: int
-    save_every: int
     monitor_every: int
     peak_lr: float
 
@@ -115,7 +153,6 @@ def make_plan(settings: PretrainConfig, num_images: int, world_size: int) -> Pla
         **asdict(span),
         temp_warmup=min(span.steps(settings.teacher.temp_warmup), total),
         freeze_last_layer=min(span.steps(optim.freeze_last_layer), total),
-        save_every=max(1, span.steps(settings.log.save_every)),
         monitor_every=max(1, span.steps(settings.monitor.every)),
         peak_lr=optim.base_lr * optim.batch_size / optim.lr_batch,
     )

@@ -9,7 +9,7 @@ Reads top to bottom: check everything, build, train, save.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,8 +18,7 @@ import torch
 from dino_kd.config import load_settings
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
-from dino_kd.data.multicrop import CropPolicy, Crops
-from dino_kd.data.pictures import save_crop_picture
+from dino_kd.data.multicrop import CropPolicy
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
     is_main_process,
@@ -32,7 +31,7 @@ from dino_kd.distributed import (
 from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.health import HealthMonitor
 from dino_kd.engine.hooks import BrokenImages, KnnMonitor
-from dino_kd.engine.loop import FitOptions, Hook, Progress, fit
+from dino_kd.engine.loop import Hook, Progress, fit
 from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
@@ -42,15 +41,17 @@ from dino_kd.features import extract_features
 from dino_kd.files import write_tensors
 from dino_kd.models.backbone import Backbone, attention_backend
 from dino_kd.models.head import DINOHead
-from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto, warn_about
+from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, save_backbone
 from dino_kd.rundir import (
     check_readable,
     end_of_training,
+    make_log,
     open_run,
     refuse_run_inside,
     restore,
     training_state,
+    watched,
     with_absolute_path,
 )
 from dino_kd.runlog import RunLog
@@ -88,12 +89,7 @@ def pretrain(settings: PretrainConfig) -> Path:
 
         # Open the run directory, new or continued.
         run_dir = Path(settings.run_dir)
-        log = RunLog(
-            run_dir,
-            is_main=is_main_process(),
-            tensorboard=settings.log.tensorboard,
-            tracker=settings.log.tracker,
-        )
+        log = make_log(settings)
         cleanup.callback(log.close)
         continued = on_main(
             functools.partial(
@@ -150,24 +146,13 @@ def pretrain(settings: PretrainConfig) -> Path:
 
         # Train.
         batches = training_batches(settings, dataset, plan, progress.step, device)
-        cleanup.callback(batches.close)  # type: ignore[attr-defined]
+        cleanup.callback(batches.close)
         progress = fit(
             task,
-            picture_first(unpack(batches, broken), run_dir, progress.step),
+            (batch.crops for batch in watched(batches, broken, run_dir, progress.step)),
             optimizer,
             make_schedules(settings, plan),
-            FitOptions(
-                total_steps=plan.total_steps,
-                batch_size=settings.optim.batch_size,
-                device=device,
-                precision=precision,
-                accumulate=settings.optim.accumulate,
-                clip_grad=settings.optim.clip_grad,
-                max_bad_steps=settings.optim.max_bad_steps,
-                seed=settings.seed,
-                log_every=settings.log.log_every,
-                save_every=plan.save_every,
-            ),
+            fit_options(settings, plan, device),
             progress=progress,
             scaler=scaler,
             log=log,
@@ -340,7 +325,7 @@ def training_batches(
     plan: Plan,
     start_step: int,
     device: torch.device,
-) -> Iterator[CropBatch]:
+) -> Generator[CropBatch, None, None]:
     """This process's share of every batch from `start_step` on."""
     return crop_batches(
         dataset,
@@ -354,21 +339,6 @@ def training_batches(
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
     )
-
-
-def unpack(batches: Iterator[CropBatch], broken: BrokenImages) -> Iterator[Crops]:
-    """The crops alone; broken images are reported on the way."""
-    for batch in batches:
-        broken.record(batch.broken)
-        yield batch.crops
-
-
-def picture_first(batches: Iterator[Crops], run_dir: Path, start_step: int) -> Iterator[Crops]:
-    """Save a picture of the first batch of a new run: what the network really sees."""
-    for number, crops in enumerate(batches):
-        if number == 0 and start_step == 0 and is_main_process():
-            save_crop_picture(crops, run_dir / "crops.png")
-        yield crops
 
 
 def knn_monitor(

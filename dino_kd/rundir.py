@@ -6,7 +6,7 @@ Every process calls these functions; the main one touches the files.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from torch import nn
 from dino_kd.config import changed_settings, dump_settings, load_settings
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.images import BrokenImage
-from dino_kd.distributed import on_main
+from dino_kd.data.loader import CropBatch
+from dino_kd.data.pictures import save_crop_picture
+from dino_kd.distributed import is_main_process, on_main
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint, read_checkpoint
 from dino_kd.engine.hooks import BrokenImages
 from dino_kd.engine.loop import Progress
 from dino_kd.errors import CheckpointError, ConfigError, DataError, Interrupted
 from dino_kd.files import remove_leftovers, write_text
 from dino_kd.runlog import RunLog
-from dino_kd.schema import RunSettings
+from dino_kd.schema import DistillConfig, FinetuneConfig, PretrainConfig, RunSettings
 
 
 def with_absolute_path(spec: str) -> str:
@@ -56,6 +58,16 @@ def check_readable(dataset: ImageDataset, where: str) -> None:
             reasons.append(f"{error.path}: {error.reason}")
     raise DataError(
         f"{where}: none of {len(reasons)} sampled images can be read:\n" + "\n".join(reasons)
+    )
+
+
+def make_log(settings: PretrainConfig | FinetuneConfig | DistillConfig) -> RunLog:
+    """The log of a run; it writes nothing yet."""
+    return RunLog(
+        settings.run_dir,
+        is_main=is_main_process(),
+        tensorboard=settings.log.tensorboard,
+        tracker=settings.log.tracker,
     )
 
 
@@ -111,6 +123,26 @@ def _refuse_changes(settings: RunSettings, run_dir: Path, command: str, train_on
             + "\nGive the stored values, or start a new run in another run_dir; to train on from "
             f"these weights, give it {train_on}={run_dir}."
         )
+
+
+def watched(
+    batches: Generator[CropBatch, None, None],
+    broken: BrokenImages,
+    run_dir: str | Path,
+    start_step: int,
+) -> Generator[CropBatch, None, None]:
+    """The same batches; broken images are reported, and a new run's first batch is drawn.
+
+    ``crops.png`` shows what the network really sees. Closing this closes `batches`.
+    """
+    try:
+        for step, batch in enumerate(batches, start=start_step):
+            broken.record(batch.broken)
+            if step == 0 and is_main_process():
+                save_crop_picture(batch.crops, Path(run_dir) / "crops.png")
+            yield batch
+    finally:
+        batches.close()
 
 
 def training_state(

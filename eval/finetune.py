@@ -20,17 +20,22 @@ from dino_kd.config import load_settings
 from dino_kd.distributed import is_main_process, on_main, process_group, world_size
 from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.hooks import BestWeights, BrokenImages
-from dino_kd.engine.loop import FitOptions, Hook, Progress, fit
+from dino_kd.engine.loop import Hook, Progress, fit
 from dino_kd.engine.optim import make_optimizer, scaled_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
-from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine
 from dino_kd.engine.signals import StopFlag
 from dino_kd.files import write_json
 from dino_kd.models.backbone import attention_backend
 from dino_kd.models.layers import with_drop_path
-from dino_kd.presets import Span, make_span
-from dino_kd.rundir import end_of_training, open_run, restore, training_state, with_absolute_path
-from dino_kd.runlog import RunLog
+from dino_kd.presets import fit_options, make_span, single_view_schedules
+from dino_kd.rundir import (
+    end_of_training,
+    make_log,
+    open_run,
+    restore,
+    training_state,
+    with_absolute_path,
+)
 from dino_kd.schema import FinetuneConfig
 from dino_kd.tasks.classify import ClassifyTask, Mixing
 
@@ -119,12 +124,7 @@ def prepare(settings: FinetuneConfig, device: torch.device) -> Run:
     ).to(device)
     attention_backend(task.backbone, device.type, DTYPES[optim.precision])
     groups = scaled_groups(task, task.lr_scales(float(optim.layer_decay)))
-    log = RunLog(
-        settings.run_dir,
-        is_main=is_main_process(),
-        tensorboard=settings.log.tensorboard,
-        tracker=settings.log.tracker,
-    )
+    log = make_log(settings)
     optimizer = make_optimizer(optim.name, groups, momentum=optim.sgd_momentum)
     return Run(
         settings, device, origin, sets, span, task, optimizer, log,
@@ -206,19 +206,8 @@ def train(
         task,
         batches,
         run.optimizer,
-        make_schedules(settings, span),
-        FitOptions(
-            total_steps=span.total_steps,
-            batch_size=optim.batch_size,
-            device=run.device,
-            precision=optim.precision,
-            accumulate=optim.accumulate,
-            clip_grad=optim.clip_grad,
-            max_bad_steps=optim.max_bad_steps,
-            seed=settings.seed,
-            log_every=settings.log.log_every,
-            save_every=max(1, span.steps(settings.log.save_every)),
-        ),
+        single_view_schedules(settings.optim, span),
+        fit_options(settings, span, run.device),
         progress=progress,
         scaler=scaler,
         log=log,
@@ -230,17 +219,6 @@ def train(
     if broken.paths:
         run.notes.append(f"{len(broken.paths)} broken training images were replaced by others")
     return (selection.best if selection else None), progress.step
-
-
-def make_schedules(settings: FinetuneConfig, span: Span) -> dict[str, Schedule]:
-    """Every value that moves with the step."""
-    optim = settings.optim
-    peak = optim.base_lr * optim.batch_size / optim.lr_batch
-    fall = functools.partial(cosine, peak, optim.min_lr)
-    return {
-        "lr": after_warmup(fall, peak, span.warmup, span.total_steps),
-        "weight_decay": constant(optim.weight_decay),
-    }
 
 
 def select_best(run: Run) -> BestWeights:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,14 +13,13 @@ from torch import Tensor
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.multicrop import supervised_policy
-from dino_kd.data.pictures import save_crop_picture
 from dino_kd.data.specs import make_dataset
 from dino_kd.data.splits import holdout
-from dino_kd.distributed import is_main_process, processes_here, rank, world_size
+from dino_kd.distributed import processes_here, rank, world_size
 from dino_kd.engine.hooks import BrokenImages
 from dino_kd.errors import DataError
 from dino_kd.presets import Span, loader_processes
-from dino_kd.rundir import check_readable, refuse_run_inside
+from dino_kd.rundir import check_readable, refuse_run_inside, watched
 from dino_kd.schema import FinetuneConfig
 from dino_kd.tasks.classify import LabelledImages
 
@@ -107,11 +106,6 @@ def training_batches(
         num_workers=loader_processes(settings.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
     )
-    try:
-        for number, batch in enumerate(batches, start=start_step):
-            broken.record(batch.broken)
-            if number == 0 and is_main_process():
-                save_crop_picture(batch.crops, Path(settings.run_dir) / "crops.png")
+    with closing(watched(batches, broken, settings.run_dir, start_step)) as seen:
+        for batch in seen:
             yield LabelledImages.of(batch, sets.train_labels)
-    finally:
-        batches.close()

@@ -207,15 +207,15 @@ def interrupt_at(step, monkeypatch):
     """Send SIGTERM while the batch of `step` is being fetched."""
     import dino_kd.pretrain as story
 
-    real = story.unpack
+    real = story.watched
 
-    def unpack(batches, broken):
-        for number, crops in enumerate(real(batches, broken), start=1):
+    def watched(*args):
+        for number, batch in enumerate(real(*args), start=1):
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield crops
+            yield batch
 
-    monkeypatch.setattr(story, "unpack", unpack)
+    monkeypatch.setattr(story, "watched", watched)
 
 
 def test_resume_from_a_damaged_newest_checkpoint_uses_the_one_before(images, tmp_path, whole):

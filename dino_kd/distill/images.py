@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +14,13 @@ from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.mixing import MixPolicy, Views, draw_mix
 from dino_kd.data.multicrop import CropPolicy, supervised_policy
-from dino_kd.data.pictures import save_crop_picture
 from dino_kd.data.specs import make_dataset
 from dino_kd.data.splits import holdout
-from dino_kd.distributed import is_main_process, processes_here, rank, world_size
+from dino_kd.distributed import processes_here, rank, world_size
 from dino_kd.engine.hooks import BrokenImages
 from dino_kd.errors import DataError
 from dino_kd.presets import loader_processes
-from dino_kd.rundir import check_readable, refuse_run_inside
+from dino_kd.rundir import check_readable, refuse_run_inside, watched
 from dino_kd.schema import DistillConfig
 
 
@@ -142,12 +141,7 @@ def view_batches(
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
     )
-    try:
-        for step, batch in enumerate(batches, start=start_step):
-            broken.record(batch.broken)
-            if step == 0 and is_main_process():
-                save_crop_picture(batch.crops, Path(settings.run_dir) / "crops.png")
+    with closing(watched(batches, broken, settings.run_dir, start_step)) as seen:
+        for step, batch in enumerate(seen, start=start_step):
             mix = draw_mix(mixes, *size, settings.seed, step, rank())
             yield Views.of(batch, images.labels, mix)
-    finally:
-        batches.close()

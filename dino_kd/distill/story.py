@@ -26,23 +26,30 @@ from dino_kd.distill.cache import TeacherCache, teacher_folder
 from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
 from dino_kd.distill.teachers import match_classes, number_of_logits, open_teacher, randomise
 from dino_kd.distill.terms import make_terms, needs_labels, needs_logits
-from dino_kd.distributed import is_main_process, on_main, process_group, world_size
+from dino_kd.distributed import on_main, process_group, world_size
 from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.fidelity import FidelityMonitor
 from dino_kd.engine.hooks import BrokenImages, evenly_spaced
-from dino_kd.engine.loop import FitOptions, Hook, Progress, fit
+from dino_kd.engine.loop import Hook, Progress, fit
 from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
-from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, faded, is_time
+from dino_kd.engine.schedules import Schedule, faded, is_time
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import CheckpointError, ConfigError, unknown_name
 from dino_kd.features import default_resize
 from dino_kd.files import write_tensors
 from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
 from dino_kd.models.batch_norm import recalibrate
-from dino_kd.presets import Span, make_span
+from dino_kd.presets import Span, fit_options, make_span, single_view_schedules
 from dino_kd.pretrained import CLASSIFIER_FILE, backbone_from_settings, save_backbone
-from dino_kd.rundir import end_of_training, open_run, restore, training_state, with_absolute_path
+from dino_kd.rundir import (
+    end_of_training,
+    make_log,
+    open_run,
+    restore,
+    training_state,
+    with_absolute_path,
+)
 from dino_kd.runlog import RunLog
 from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
 from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
@@ -157,12 +164,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
         teacher.to(device)
     for backbone in (student, *(teacher.backbone for teacher in teachers)):
         attention_backend(backbone, device.type, DTYPES[optim.precision])
-    log = RunLog(
-        settings.run_dir,
-        is_main=is_main_process(),
-        tensorboard=settings.log.tensorboard,
-        tracker=settings.log.tracker,
-    )
+    log = make_log(settings)
     return Lesson(settings, device, images, span, teachers, task, weights, class_names, log, notes)
 
 
@@ -322,18 +324,7 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         batches,
         optimizer,
         make_schedules(lesson),
-        FitOptions(
-            total_steps=span.total_steps,
-            batch_size=optim.batch_size,
-            device=lesson.device,
-            precision=optim.precision,
-            accumulate=optim.accumulate,
-            clip_grad=optim.clip_grad,
-            max_bad_steps=optim.max_bad_steps,
-            seed=settings.seed,
-            log_every=settings.log.log_every,
-            save_every=max(1, span.steps(settings.log.save_every)),
-        ),
+        fit_options(settings, span, lesson.device),
         progress=progress,
         scaler=scaler,
         log=log,
@@ -370,14 +361,12 @@ def open_cache(lesson: Lesson) -> TeacherCache | None:
 def make_schedules(lesson: Lesson) -> dict[str, Schedule]:
     """Every value that moves with the step: learning rate, weights, when to compare gradients."""
     settings, span = lesson.settings, lesson.span
-    optim, total = settings.optim, span.total_steps
-    peak = optim.base_lr * optim.batch_size / optim.lr_batch
+    total = span.total_steps
     # Only rows of the log hold numbers: up to the next multiple of their distance.
     rows = math.ceil(span.steps(settings.fidelity.every) / settings.log.log_every)
     compare_every = max(1, rows) * settings.log.log_every
     return {
-        "lr": after_warmup(functools.partial(cosine, peak, optim.min_lr), peak, span.warmup, total),
-        "weight_decay": constant(optim.weight_decay),
+        **single_view_schedules(settings.optim, span),
         "compare_gradients": lambda step: float(is_time(step + 1, compare_every, total)),
         **{
             f"weight/{name}": faded(

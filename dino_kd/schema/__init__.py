@@ -24,7 +24,12 @@ from dino_kd.schema.evaluators import (
     SourceSettings,
 )
 from dino_kd.schema.few_labels import FewshotConfig, LogregConfig
-from dino_kd.schema.finetune import AugmentSettings, FinetuneConfig, FinetuneOptimSettings
+from dino_kd.schema.finetune import (
+    AugmentSettings,
+    FinetuneConfig,
+    FinetuneOptimSettings,
+    SupervisedOptimSettings,
+)
 from dino_kd.schema.launch import LaunchConfig, PipelineConfig, SlurmSettings, StageSettings
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
@@ -90,6 +95,7 @@ __all__ = [
     "SourceSettings",
     "StageSettings",
     "StudentSettings",
+    "SupervisedOptimSettings",
     "TeacherSettings",
     "TermsSettings",
     "VideoConfig",
