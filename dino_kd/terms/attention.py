@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dino_kd.data.mixing import Answers, Views
 from dino_kd.losses.maps import attention_loss, coarser_grid, energy_map, resample_map
-from dino_kd.terms.term import Stateless
+from dino_kd.terms.term import Term
 
 
-class AttentionTerm(Stateless):
+class AttentionTerm(Term):
     """Mean over some maps of the student, each at the coarser of its grid and the teacher's.
 
     Args:

@@ -10,10 +10,10 @@ from dino_kd.losses.contrast import FeatureQueue, MemoryBank, crd_loss, queue_lo
 from dino_kd.losses.prototypes import prototype_loss, sinkhorn
 from dino_kd.models.head import DINOHead
 from dino_kd.terms.features import projector
-from dino_kd.terms.term import Stateless
+from dino_kd.terms.term import Term
 
 
-class QueueTerm(Stateless):
+class QueueTerm(Term):
     """Similarities to past teacher features (SEED).
 
     Args:
@@ -38,7 +38,7 @@ class QueueTerm(Stateless):
         target = teacher["output"].float()
         self.queue.observe(target)
         return queue_loss(
-            self.projector(student["output"]), target, self.queue.queue.clone(),
+            self.projector(student["output"]), target, self.queue.queue,
             student_temp=self.student_temp, teacher_temp=self.teacher_temp,
         )  # fmt: skip
 
@@ -47,7 +47,7 @@ class QueueTerm(Stateless):
         self.queue.discard() if skipped else self.queue.commit()
 
 
-class ContrastTerm(Stateless):
+class ContrastTerm(Term):
     """Tell an image's own embedding from those of many others (CRD).
 
     Args:
@@ -97,7 +97,7 @@ class ContrastTerm(Stateless):
         self.bank.discard() if skipped else self.bank.commit()
 
 
-class PrototypeTerm(Stateless):
+class PrototypeTerm(Term):
     """The distribution over the prototypes of the teacher's own DINO head.
 
     The teacher's probabilities are balanced over the batches of all processes (Sinkhorn), which

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from torch import Tensor, nn
 
 from dino_kd.data.mixing import Answers, Views
 from dino_kd.losses.maps import coarser_grid, cosine_loss, hint_loss, r_squared, resample_map
 from dino_kd.losses.standardise import PhiS, Standardise
-from dino_kd.terms.term import Stateless
+from dino_kd.terms.term import Term
 
 
-class CosineTerm(Stateless):
+class CosineTerm(Term):
     """The direction of the pooled feature, through an MLP with batch norms (SimReg).
 
     Args:
@@ -39,15 +38,10 @@ class CosineTerm(Stateless):
         """R2 of the unit vectors, and the spread of the projections, 0 when they are all one."""
         if self._seen is None:
             return {}
-        projected, target = (nn.functional.normalize(x.float(), dim=1) for x in self._seen)
-        return {
-            "r2": r_squared(projected, target),
-            "spread": projected.var(0, unbiased=False).sum()
-            / target.var(0, unbiased=False).sum().clamp(min=1e-12),
-        }
+        return reached(*(nn.functional.normalize(x.float(), dim=1) for x in self._seen))
 
 
-class FeatureTerm(Stateless):
+class FeatureTerm(Term):
     """Every place of the teacher's map, standardised, through a 1x1 convolution (FitNets).
 
     Without an activation: standardised targets are negative half the time.
@@ -83,25 +77,22 @@ class FeatureTerm(Stateless):
         """At the coarser of the two grids; a 1x1 convolution and resampling commute."""
         ours, theirs = student[self.student_taps[0]], teacher[self.teacher_taps[0]]
         grid = coarser_grid(ours, theirs)
-        target = resample_map(self._standard(theirs), grid)
+        target = resample_map(self.standardise(theirs.movedim(1, -1)).movedim(-1, 1), grid)
         projected = self.projector(resample_map(ours, grid))
         self._seen = (projected.detach(), target)
         return hint_loss(projected, target)
-
-    def _standard(self, maps: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(maps.device.type, enabled=False):
-            return self.standardise(maps.float().movedim(1, -1)).movedim(-1, 1)
 
     def measure(self) -> dict[str, Tensor]:
         """R2 of the projection, and its variance beside the target's, 0 when it is constant."""
         if self._seen is None:
             return {}
-        projected, target = (x.float().movedim(1, -1).flatten(0, -2) for x in self._seen)
-        return {
-            "r2": r_squared(projected, target),
-            "spread": projected.var(0, unbiased=False).sum()
-            / target.var(0, unbiased=False).sum().clamp(min=1e-12),
-        }
+        return reached(*(x.float().movedim(1, -1).flatten(0, -2) for x in self._seen))
+
+
+def reached(projected: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How much of targets ``[M, D]`` projections explain, and how much they vary beside them."""
+    spreads = [values.var(0, unbiased=False).sum() for values in (projected, target)]
+    return {"r2": r_squared(projected, target), "spread": spreads[0] / spreads[1].clamp(min=1e-12)}
 
 
 def projector(width: int, out: int, *, hidden_dim: int, layers: int) -> nn.Sequential:

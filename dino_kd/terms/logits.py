@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dino_kd.data.mixing import Answers, Views
 from dino_kd.losses.logits import dkd_loss, soft_cross_entropy
-from dino_kd.terms.term import Stateless
+from dino_kd.terms.term import Term
 
 
-class LabelTerm(Stateless):
+class LabelTerm(Term):
     """Cross-entropy with the labels; images without one add nothing.
 
     Args:
@@ -35,7 +35,7 @@ class LabelTerm(Stateless):
         return soft_cross_entropy(logits, shares, self.labelled_share)
 
 
-class LogitTerm(Stateless):
+class LogitTerm(Term):
     """Any loss of student and teacher logits ``[B, Y]``."""
 
     student_taps = ("logits",)
@@ -47,10 +47,10 @@ class LogitTerm(Stateless):
 
     def forward(self, student: Answers, teacher: Answers, views: Views) -> Tensor:
         """Mean over the batch."""
-        return self.loss(student["logits"], teacher["logits"])
+        return self.loss(student[self.student_taps[0]], teacher["logits"])
 
 
-class DecoupledTerm(Stateless):
+class DecoupledTerm(Term):
     """DKD: needs to know which class is the true one."""
 
     student_taps = ("logits",)
@@ -66,16 +66,7 @@ class DecoupledTerm(Stateless):
         return dkd_loss(student["logits"], teacher["logits"], shares, **self.weights)
 
 
-class TokenTerm(Stateless):
-    """A distillation token's own logits against the teacher's; `loss` as in `LogitTerm`."""
+class TokenTerm(LogitTerm):
+    """A distillation token's own logits against the teacher's."""
 
     student_taps = ("token_logits",)
-    teacher_taps = ("logits",)
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, student: Answers, teacher: Answers, views: Views) -> Tensor:
-        """Mean over the batch."""
-        return self.loss(student["token_logits"], teacher["logits"])

@@ -13,10 +13,10 @@ from dino_kd.losses.relations import (
     similarity_loss,
     token_relation_loss,
 )
-from dino_kd.terms.term import Stateless
+from dino_kd.terms.term import Term
 
 
-class RelationTerm(Stateless):
+class RelationTerm(Term):
     """A weighted sum of relations; widths of student and teacher may differ.
 
     Relations between images are those of one process's micro-batch.

@@ -23,7 +23,7 @@ from dino_kd.tasks.teacher import Teacher
 from dino_kd.terms.features import CosineTerm, FeatureTerm
 from dino_kd.terms.logits import LabelTerm, LogitTerm, TokenTerm
 from dino_kd.terms.relations import RelationTerm
-from dino_kd.terms.term import Stateless
+from dino_kd.terms.term import Term
 
 Y, SIDE = 4, 32
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -314,7 +314,7 @@ def test_the_product_is_the_recursion_of_the_average():
 
 
 def test_a_skipped_step_leaves_student_average_and_memories_alone():
-    class Nan(Stateless):
+    class Nan(Term):
         student_taps = ("output",)
         teacher_taps = ("output",)
         forgotten = 0
@@ -387,7 +387,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 def test_layers_behind_the_last_map_that_is_read_are_announced():
     """DistributedDataParallel must know of them, or it waits for gradients that never come."""
     for taps, skips in ((("map-8",), True), (("map-8", "output"), False), (("logits",), False)):
-        term = Stateless()
+        term = Term()
         term.student_taps = taps
         backbone = create_backbone("test_resnet", img_size=32)
         task = DistillTask(Student(backbone, 3), [], {"a": term})
