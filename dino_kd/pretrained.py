@@ -26,6 +26,7 @@ from dino_kd.engine.checkpoint import load_checkpoint
 from dino_kd.errors import CheckpointError, ConfigError, UserError, unknown_name
 from dino_kd.files import write_json, write_tensors
 from dino_kd.models.backbone import Backbone, as_size, create_backbone
+from dino_kd.models.classifier_file import CLASSIFIER_FILE
 from dino_kd.models.dino_weights import choose_branch, read_dino_weights
 from dino_kd.models.fingerprint import weights_hash
 from dino_kd.models.torchvision_networks import (
@@ -39,7 +40,6 @@ from dino_kd.schema import CropSettings, DataSettings, ModelSettings, PretrainCo
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-CLASSIFIER_FILE = "classifier.safetensors"  # beside the backbone of a fine-tuning run
 _STUDENT_PREFIX = "student.backbone.net."
 _CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _BRANCHES = ("teacher", "student", "untrained")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,9 @@ from dino_kd.data.dataset import ImageDataset
 from dino_kd.distributed import processes_here, world_size
 from dino_kd.errors import CheckpointError
 from dino_kd.features import FeatureBank, default_resize, extract_features
-from dino_kd.files import write_tensors
+from dino_kd.models.classifier_file import CLASSIFIER_FILE, write_classifier
 from dino_kd.presets import Span, loader_processes
-from dino_kd.pretrained import CLASSIFIER_FILE, backbone_hash, save_backbone
+from dino_kd.pretrained import backbone_hash, save_backbone
 from dino_kd.runlog import RunLog
 from dino_kd.schema import FinetuneConfig
 from dino_kd.tasks.classify import ClassifyTask, class_places
@@ -52,11 +51,7 @@ class Run:
 def save_networks(run: Run) -> None:
     """The backbone as a timm folder, and the classifier beside it with the names of its classes."""
     save_backbone(run.task.backbone, run.folder / "backbone")
-    write_tensors(
-        run.folder / CLASSIFIER_FILE,
-        run.task.classifier.state_dict(),
-        {"classes": json.dumps(run.sets.class_names)},
-    )
+    write_classifier(run.folder, run.sets.class_names, run.task.classifier)
 
 
 def place_classes(run: Run, dataset: ImageDataset, labels: Tensor) -> tuple[Tensor, FeatureBank]:

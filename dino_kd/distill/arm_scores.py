@@ -32,11 +32,12 @@ from dino_kd.errors import CheckpointError
 from dino_kd.features import FeatureBank, default_resize, extract_with
 from dino_kd.files import write_json, write_tensors
 from dino_kd.losses.logits import mean_probability_logits
+from dino_kd.models.classifier_file import CLASSIFIER_FILE, of_token, read_classifier
 from dino_kd.presets import loader_processes
-from dino_kd.pretrained import CLASSIFIER_FILE, backbone_hash, load_backbone
+from dino_kd.pretrained import backbone_hash, load_backbone
 from dino_kd.schema import DistillConfig
 from dino_kd.tasks.classify import class_places
-from dino_kd.tasks.distill import Student
+from dino_kd.tasks.distill import Student, fidelity
 from dino_kd.tasks.teacher import Teacher
 
 NEIGHBOURS = 20
@@ -189,15 +190,14 @@ def load_student(run_dir: Path, device: torch.device) -> tuple[Student, list[str
     path = run_dir / CLASSIFIER_FILE
     if not path.is_file():
         return Student(backbone, None).to(device).eval(), None
+    names, tensors = read_classifier(path)
+    token = of_token(tensors)
+    student = Student(backbone, len(tensors["bias"]), with_token=bool(token))
     try:
-        with safe_open(path, "pt") as file:
-            names = json.loads((file.metadata() or {}).get("classes", "null"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        student = Student(backbone, len(state["bias"]), with_token="token_bias" in state)
-        for layer, prefix in ((student.classifier, ""), (student.token_classifier, "token_")):
+        for layer, state in ((student.classifier, tensors), (student.token_classifier, token)):
             if layer is not None:
-                layer.load_state_dict({key: state[prefix + key] for key in ("weight", "bias")})
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                layer.load_state_dict({key: state[key] for key in ("weight", "bias")})
+    except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or does not fit its student ({error})") from error
     return student.to(device).eval(), names
 
@@ -312,12 +312,8 @@ def likeness(answer: Answer, teacher: dict[str, Tensor]) -> dict[str, float]:
     )
     if not len(both):
         return {}
-    student, target = answer.logits[mine].double(), teacher["logits"][its].double()
-    log_student, log_target = student.log_softmax(1), target.log_softmax(1)
-    return {
-        "agreement": 100 * (student.argmax(1) == target.argmax(1)).double().mean().item(),
-        "kl": (log_target.exp() * (log_target - log_student)).sum(1).mean().item(),
-    }
+    found = fidelity(answer.logits[mine], teacher["logits"][its].float())
+    return {name: value.item() for name, value in found.items()}
 
 
 def _neighbours(

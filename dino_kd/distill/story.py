@@ -9,7 +9,6 @@ Reads top to bottom: check everything, build, train, save, score. docs/distill.m
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -40,8 +39,9 @@ from dino_kd.features import default_resize
 from dino_kd.files import write_tensors
 from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
 from dino_kd.models.batch_norm import recalibrate
+from dino_kd.models.classifier_file import write_classifier
 from dino_kd.presets import Span, fit_options, make_span, single_view_schedules
-from dino_kd.pretrained import CLASSIFIER_FILE, backbone_from_settings, save_backbone
+from dino_kd.pretrained import backbone_from_settings, save_backbone
 from dino_kd.rundir import (
     end_of_training,
     make_log,
@@ -433,12 +433,9 @@ def save_networks(lesson: Lesson) -> None:
     product = lesson.task.product
     save_backbone(product.backbone, lesson.run_dir / "backbone")
     if product.classifier is not None:
-        tensors = product.classifier.state_dict()
-        if product.token_classifier is not None:
-            token = product.token_classifier.state_dict()
-            tensors |= {f"token_{name}": values for name, values in token.items()}
-        about = {"classes": json.dumps(lesson.class_names)}
-        write_tensors(lesson.run_dir / CLASSIFIER_FILE, tensors, about)
+        write_classifier(
+            lesson.run_dir, lesson.class_names, product.classifier, product.token_classifier
+        )
     projectors = {
         name: values.contiguous() for name, values in lesson.task.terms.state_dict().items()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from torch import nn
 from dino_kd.config import load_settings
 from dino_kd.errors import CheckpointError, ConfigError, did_you_mean
 from dino_kd.models.backbone import Backbone, as_size, check_input_size
+from dino_kd.models.classifier_file import CLASSIFIER_FILE, of_token, read_classifier
 from dino_kd.models.head import DINOHead
 from dino_kd.models.linear_head import LinearHead, check_head, load_linear_head
-from dino_kd.pretrained import CLASSIFIER_FILE, backbone_hash, load_backbone
+from dino_kd.pretrained import backbone_hash, load_backbone
 from dino_kd.schema import DistillTeacherSettings, PretrainConfig
 from dino_kd.tasks.teacher import Teacher
 
@@ -148,22 +148,18 @@ def _linear_head(path: Path, backbone: Backbone) -> tuple[LinearHead, list[str]]
 
 def _tuned_classifier(path: Path, backbone: Backbone) -> tuple[nn.Linear, list[str]]:
     """What `dino-kd finetune` or `dino-kd distill` saved beside its backbone."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = json.loads((file.metadata() or {}).get("classes", "null"))
-            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-            has_token = "token_weight" in file.keys()  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or no classifier ({error})") from error
-    if has_token:
+    known, tensors = read_classifier(path)
+    names = known or []
+    weight, bias = tensors["weight"], tensors["bias"]
+    if of_token(tensors):
         raise CheckpointError(
             f"{path} holds two classifiers, of class and distillation token, which cannot teach "
             "yet; train one on its features with 'dino-kd linear' and name its file as head"
         )
-    if weight.shape != (len(names or []), backbone.embed_dim) or bias.shape != weight.shape[:1]:
+    if weight.shape != (len(names), backbone.embed_dim) or bias.shape != weight.shape[:1]:
         raise CheckpointError(
             f"{path} does not fit its backbone: weights {tuple(weight.shape)} for "
-            f"{len(names or [])} classes and {backbone.embed_dim} features of {backbone.name}"
+            f"{len(names)} classes and {backbone.embed_dim} features of {backbone.name}"
         )
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias})

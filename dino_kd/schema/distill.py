@@ -15,11 +15,11 @@ from dino_kd.schema.base import (
     InWords,
     PositiveFloat,
     PositiveInt,
-    PositiveShare,
     RunLength,
     RunSettings,
     Settings,
     Share,
+    ShareRange,
     Size,
     Text,
     setting,
@@ -279,9 +279,7 @@ TERM_PRESETS: dict[str, dict[str, float]] = {
 class DistillAugmentSettings(AugmentSettings):
     """What happens to a training image: teacher and student see the same result."""
 
-    scale: tuple[PositiveShare, PositiveShare] = setting(
-        (0.25, 1.0), "Area range of the crop.", unit="share of image"
-    )
+    scale: ShareRange = setting((0.25, 1.0), "Area range of the crop.", unit="share of image")
     mixup: NonNegative = setting(0.2, "Mixup: parameter of the Beta distribution; 0: off.")
     mix_share: Share = setting(
         0.5, "Share of the batches that are mixed, by mixup or CutMix at even odds."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_kd.data.mixing import Answers, Views
-from dino_kd.losses.logits import mean_probability_logits
+from dino_kd.losses.logits import kd_loss, mean_probability_logits
 from dino_kd.models.backbone import Backbone
 from dino_kd.models.batch_norm import BatchNormStatistics
 from dino_kd.models.ema import update_teacher
@@ -156,7 +156,7 @@ class DistillTask(nn.Module):
             told = term.measure()  # type: ignore[operator]
             metrics |= {f"{key}/{name}": value for key, value in told.items()}
         if scored and "logits" in student:
-            metrics |= _fidelity(student["logits"].detach().float(), answers[0]["logits"].float())
+            metrics |= fidelity(student["logits"].detach().float(), answers[0]["logits"].float())
         if values.get("compare_gradients"):
             metrics |= self._gradient_cosine(parts)
         return total, metrics
@@ -221,9 +221,7 @@ def teacher_of(name: str) -> int:
     return int(name.partition("@")[2] or 0)
 
 
-def _fidelity(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    """Agreement on the best class in percent, and KL(teacher || student) in nats."""
+def fidelity(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """Agreement on the best class in percent, and mean KL(teacher || student) in nats."""
     agree = (student.argmax(1) == teacher.argmax(1)).float().mean()
-    log_student, log_teacher = student.log_softmax(1), teacher.log_softmax(1)
-    kl = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
-    return {"agreement": 100 * agree, "kl": kl}
+    return {"agreement": 100 * agree, "kl": kd_loss(student, teacher)}

@@ -100,3 +100,10 @@ def test_a_run_inside_the_images_and_images_that_are_not_there_are_refused(image
         open_images(settings(images, images / "run"), labels_for=[])
     with pytest.raises(DataError, match=r"data.train: .*nowhere"):
         open_images(settings(tmp_path / "nowhere", tmp_path / "run"), labels_for=[])
+
+
+def test_a_range_of_crops_must_ascend():
+    """As for every other command."""
+    words = ["data.train=x", "teacher.backbone=x", "run_dir=x", "augment.scale=[1.0,0.25]"]
+    with pytest.raises(ConfigError, match="the first number must not exceed the second"):
+        load_settings(DistillConfig, words, command="distill")
