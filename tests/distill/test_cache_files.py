@@ -152,6 +152,7 @@ def test_what_is_no_part_of_the_key_reads_the_same_entry(run, asked, tmp_path, w
         ("student.image_size=24",),
         ("teacher.image_size=32",),
         ("terms.feature_kd.weight=1",),
+        ("terms.attention_kd.weight=1", "terms.attention_kd.strides=[8]"),
     ],
 )
 def test_what_changes_the_answers_is_another_entry(run, asked, tmp_path, words):
