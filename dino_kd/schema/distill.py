@@ -76,7 +76,7 @@ class DistillTeacherSettings(Settings):
         ...,
         "Run directory, 'local-dir:PATH', 'timm:NAME', 'torchvision:NAME', or a DINO or DINOv2 "
         "checkpoint file.",
-        examples=["runs/first"],
+        examples=["runs/pretrained"],
     )
     branch: Literal["teacher", "student", "untrained"] = setting(
         "teacher", "Which network of a run directory."

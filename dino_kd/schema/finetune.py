@@ -127,7 +127,7 @@ class FinetuneConfig(RunSettings, SourceSettings):
         ...,
         "Where training starts: run directory, 'local-dir:PATH', 'timm:NAME', 'torchvision:NAME', "
         "'random:NAME', or a DINO or DINOv2 checkpoint file.",
-        examples=["runs/first"],
+        examples=["runs/pretrained"],
     )
     train: Text = setting(
         ..., "Labelled images to learn from, as a dataset spec.", examples=["/path/to/train"]
