@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
+import functools
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from dino_kd import distributed
 from dino_kd.data.multicrop import Crops
@@ -15,22 +14,10 @@ from dino_kd.errors import ConfigError, DataError
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.tasks.dino import DinoTask
+from tests.two_ranks import on_two_ranks
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def on_two_ranks(rank, work, port):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def in_a_group(work, rank):
     with process_group("cpu"):
         work(rank)
 
@@ -80,7 +67,7 @@ def check_batch_norm(rank):
 @pytest.mark.dist
 @pytest.mark.parametrize("work", [check_gathering, check_errors, check_batch_norm])
 def test_two_ranks(work):
-    mp.spawn(on_two_ranks, (work, free_port()), nprocs=2)
+    on_two_ranks(functools.partial(in_a_group, work))
 
 
 def test_a_single_process_needs_no_group():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 TINY = [
@@ -16,6 +17,11 @@ TINY = [
     "optim.batch_size=16", "optim.length=8", "optim.base_lr=0.01", "optim.precision=fp32",
     "log.log_every=1", "log.save_every=3", "log.tensorboard=false",
 ]  # fmt: skip
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal random numbers that follow from a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def write_images(folder: Path, count: int = 40, classes: int = 2, side: int = 40) -> Path:

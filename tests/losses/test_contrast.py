@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from dino_kd.distributed import process_group
 from dino_kd.losses.contrast import FeatureQueue, MemoryBank, crd_loss, queue_loss
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tiny import draw
+from tests.two_ranks import on_two_ranks
 
 
 def sorted_rows(rows):
@@ -226,14 +222,7 @@ def steps(store, part):
     return store
 
 
-def on_two_ranks(rank, port):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def check_stores(rank):
     alone = []
     for make in (lambda: FeatureQueue(9, 5), lambda: FeatureQueue(40, 5), lambda: MemoryBank(7, 5)):
         torch.manual_seed(0)
@@ -256,10 +245,7 @@ def on_two_ranks(rank, port):
 
 @pytest.mark.dist
 def test_two_processes_hold_what_one_holds():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_two_ranks, (port,), nprocs=2)
+    on_two_ranks(check_stores)
 
 
 def test_shapes_that_do_not_fit_are_named():

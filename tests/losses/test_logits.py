@@ -18,10 +18,11 @@ from dino_kd.losses.logits import (
     soft_cross_entropy,
     standardise_logits,
 )
+from tests import tiny
 
 
 def draw(*shape, seed=0, scale=2.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return scale * tiny.draw(*shape, seed=seed)
 
 
 def pair(batch=6, classes=7):

@@ -16,10 +16,7 @@ from dino_kd.losses.maps import (
     r_squared,
     resample_map,
 )
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tiny import draw
 
 
 def test_hint_is_the_mean_squared_length_over_the_width():

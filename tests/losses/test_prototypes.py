@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from dino_kd.distributed import process_group
 from dino_kd.losses.prototypes import prototype_loss, sinkhorn
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tiny import draw
+from tests.two_ranks import on_two_ranks
 
 
 def test_prototype_loss_is_the_cross_entropy_less_the_entropy():
@@ -93,14 +88,7 @@ def test_sinkhorn_rows_sum_to_one_and_are_never_nan(scale):
     assert sinkhorn(torch.zeros(0, 5), 0.04).shape == (0, 5)
 
 
-def on_two_ranks(rank, port):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def check_balance(rank):
     logits = draw(7, 5)
     expected = sinkhorn(logits, 0.1)
     with process_group("cpu"):
@@ -111,10 +99,7 @@ def on_two_ranks(rank, port):
 
 @pytest.mark.dist
 def test_two_processes_balance_over_all_images():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_two_ranks, (port,), nprocs=2)
+    on_two_ranks(check_balance)
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -15,10 +15,7 @@ from dino_kd.losses.relations import (
     similarity_loss,
     token_relation_loss,
 )
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tiny import draw
 
 
 def pair():

@@ -27,13 +27,10 @@ from dino_kd.terms.features import CosineTerm, FeatureTerm, projector
 from dino_kd.terms.logits import DecoupledTerm, LabelTerm, LogitTerm, TokenTerm
 from dino_kd.terms.relations import RelationTerm
 from dino_kd.terms.term import learns_scales
+from tests.tiny import draw
 
 B, D, DT, Y = 6, 5, 8, 4
 close = torch.testing.assert_close
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_views(labels=(0, 3, -1, 1, 2, 2), mix=None):
