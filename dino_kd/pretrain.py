@@ -40,9 +40,8 @@ from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
 from dino_kd.files import write_tensors
 from dino_kd.models.backbone import Backbone, attention_backend
-from dino_kd.models.head import DINOHead
 from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto, warn_about
-from dino_kd.pretrained import backbone_from_settings, save_backbone
+from dino_kd.pretrained import backbone_from_settings, head_from_settings, save_backbone
 from dino_kd.rundir import (
     check_readable,
     end_of_training,
@@ -212,15 +211,7 @@ def build_task(settings: PretrainConfig) -> DinoTask:
     backbone = backbone_from_settings(settings.model, settings.crops, settings.data, settings.seed)
     check_crop_sizes(settings, backbone)
     check_local_crops(settings, backbone)
-    head = DINOHead(
-        backbone.embed_dim,
-        int(settings.head.num_prototypes),
-        hidden_dim=settings.head.hidden_dim,
-        bottleneck_dim=settings.head.bottleneck_dim,
-        num_layers=settings.head.num_layers,
-        batch_norm=settings.head.batch_norm,
-        unit_prototypes=settings.head.unit_prototypes,
-    )
+    head = head_from_settings(settings.head, backbone.embed_dim)
     return DinoTask(
         backbone,
         head,

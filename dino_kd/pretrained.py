@@ -29,6 +29,7 @@ from dino_kd.models.backbone import Backbone, as_size, create_backbone
 from dino_kd.models.classifier_file import CLASSIFIER_FILE
 from dino_kd.models.dino_weights import choose_branch, read_dino_weights
 from dino_kd.models.fingerprint import weights_hash
+from dino_kd.models.head import DINOHead
 from dino_kd.models.torchvision_networks import (
     PREFIX,
     default_weights,
@@ -36,7 +37,13 @@ from dino_kd.models.torchvision_networks import (
     torchvision_names,
     trained_size,
 )
-from dino_kd.schema import CropSettings, DataSettings, ModelSettings, PretrainConfig
+from dino_kd.schema import (
+    CropSettings,
+    DataSettings,
+    HeadSettings,
+    ModelSettings,
+    PretrainConfig,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -147,6 +154,19 @@ def backbone_from_settings(
         _load_strictly(backbone.net, state, where, _describe(backbone))
         backbone.notes = source.notes
     return backbone
+
+
+def head_from_settings(head: HeadSettings, width: int) -> DINOHead:
+    """The projection head of a run on features of `width`; its `auto` is resolved."""
+    return DINOHead(
+        width,
+        int(head.num_prototypes),
+        hidden_dim=head.hidden_dim,
+        bottleneck_dim=head.bottleneck_dim,
+        num_layers=head.num_layers,
+        batch_norm=head.batch_norm,
+        unit_prototypes=head.unit_prototypes,
+    )
 
 
 def build_untrained(config: PretrainConfig) -> Backbone:

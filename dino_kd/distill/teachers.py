@@ -16,7 +16,7 @@ from dino_kd.models.backbone import Backbone, as_size, check_input_size
 from dino_kd.models.classifier_file import CLASSIFIER_FILE, of_token, read_classifier
 from dino_kd.models.head import DINOHead
 from dino_kd.models.linear_head import LinearHead, check_head, load_linear_head
-from dino_kd.pretrained import backbone_hash, load_backbone
+from dino_kd.pretrained import backbone_hash, head_from_settings, load_backbone
 from dino_kd.schema import DistillTeacherSettings, PretrainConfig
 from dino_kd.tasks.teacher import Teacher
 
@@ -204,15 +204,7 @@ def _prototypes(settings: DistillTeacherSettings, backbone: Backbone, where: str
             f"pretrain' (heads.safetensors); {settings.backbone} has none"
         )
     config = load_settings(PretrainConfig, [str(run_dir / "config.yaml")], command="pretrain")
-    head = DINOHead(
-        backbone.embed_dim,
-        int(config.head.num_prototypes),
-        hidden_dim=config.head.hidden_dim,
-        bottleneck_dim=config.head.bottleneck_dim,
-        num_layers=config.head.num_layers,
-        batch_norm=config.head.batch_norm,
-        unit_prototypes=config.head.unit_prototypes,
-    )
+    head = head_from_settings(config.head, backbone.embed_dim)
     prefix = f"{settings.branch}."
     try:
         with safe_open(path, "pt") as file:
