@@ -258,6 +258,7 @@ left=$$(sinfo -h -N -p "$$SLURM_JOB_PARTITION" -o %N | sort -u | grep -vcxF "$${
 [ "$$left" -ge $nodes ] || failed=''   # better a node that failed than none
 failed=$$(printf '%s' "$$failed" | paste -sd,)
 say "requeue after $${outcome:-no answer}"
+trap '' TERM   # Slurm ends this job when it takes the requeue: scontrol must not die of that first
 for attempt in 1 2 3 4 5; do
     if [ -n "$$failed" ]; then
         say "avoiding $$failed from now on"
