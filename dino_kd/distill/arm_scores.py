@@ -154,6 +154,7 @@ def answer_of_teachers(
 ) -> Answer:
     """The teachers at their own sizes: mean probability as logits, features of the first."""
     logits: list[Tensor] = []
+    weights: list[float] = []
     banks: list[tuple[FeatureBank, FeatureBank | None]] = []
     for teacher in teachers:
         ask = functools.partial(
@@ -167,15 +168,18 @@ def answer_of_teachers(
         names = ["output", *(["logits"] if teacher.head is not None else [])]
         seen = ask(exam.test, describe=functools.partial(teacher.answers_to, names=names))
         given = aligned(seen.parts.get("logits"), teacher.class_names, exam.class_names)
-        logits += [] if given is None else [given]
+        if given is not None:
+            logits.append(given)
+            weights.append(teacher.weight)
         if not banks:
             plain = functools.partial(teacher.answers_to, names=["output"])
             voting = None if exam.bank is None else ask(exam.bank, describe=plain)
             banks = [(seen, voting)]
     seen, bank = banks[0]
+    mean = mean_probability_logits(logits, weights) if len(logits) > 1 else None
     return Answer(
         seen.features, seen.indices, *_voting(bank),
-        mean_probability_logits(logits) if len(logits) > 1 else logits[0] if logits else None,
+        logits[0] if len(logits) == 1 else mean,
         {"source": [teacher.name for teacher in teachers],
          "architecture": [teacher.backbone.name for teacher in teachers],
          "sha256": [backbone_hash(teacher.backbone) for teacher in teachers],

@@ -32,7 +32,7 @@ from dino_kd.engine.hooks import BrokenImages, evenly_spaced
 from dino_kd.engine.loop import Hook, Progress, fit
 from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
-from dino_kd.engine.schedules import Schedule, faded, is_time
+from dino_kd.engine.schedules import Schedule, is_time, ramped
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import CheckpointError, ConfigError, unknown_name
 from dino_kd.features import default_resize
@@ -369,10 +369,9 @@ def make_schedules(lesson: Lesson) -> dict[str, Schedule]:
         **single_view_schedules(settings.optim, span),
         "compare_gradients": lambda step: float(is_time(step + 1, compare_every, total)),
         **{
-            f"weight/{name}": faded(
-                weight, getattr(settings.terms, name.partition("@")[0]).fade, total
-            )
+            f"weight/{name}": ramped(weight, term.rise, term.fade, total)
             for name, weight in lesson.weights.items()
+            for term in [getattr(settings.terms, name.partition("@")[0])]
         },
     }
 

@@ -12,7 +12,7 @@ from dino_kd.losses.logits import dist_loss, hard_label_loss, kd_loss
 from dino_kd.losses.standardise import PhiS, Standardise
 from dino_kd.models.backbone import Backbone
 from dino_kd.models.taps import check_taps, map_strides, tap_shapes
-from dino_kd.schema import DistillConfig, TermsSettings
+from dino_kd.schema import DistillConfig, TermSettings, TermsSettings
 from dino_kd.tasks.teacher import Teacher
 from dino_kd.terms.attention import AttentionTerm
 from dino_kd.terms.contrast import ContrastTerm, PrototypeTerm, QueueTerm
@@ -132,7 +132,7 @@ def _map_term(
         return AttentionTerm(taps, attention.teacher_map, attention.form)
     if name == "relation_kd":
         relation = terms.relation_kd
-        values = relation.model_dump(exclude={"weight", "fade"})
+        values = relation.model_dump(exclude=set(TermSettings.model_fields))
         if not any(values[key] for key in ("distance", "angle", "similarity", "tokens")):
             raise ConfigError("distance, angle, similarity and tokens are all 0; give one of them")
         tap = _fitting_map(student, teacher) if relation.tokens else "map"

@@ -47,10 +47,14 @@ def switch(until: int) -> Schedule:
     return lambda step: 1.0 if step < until else 0.0
 
 
-def faded(level: float, share: float, total: int) -> Schedule:
-    """`level`, falling linearly to 0 at step `total` over the last `share` (0..1) of the run."""
-    fall = share * total
-    return lambda step: level * min(1.0, (total - step) / fall) if fall else level
+def ramped(level: float, rise: float, fade: float, total: int) -> Schedule:
+    """`level`, rising linearly from 0 over the first `rise` and falling to 0 over the last `fade`.
+
+    Both are shares (0..1) of a run of `total` steps. The first step has a share of the level above
+    0; the one after the last would have none.
+    """
+    up, down = max(1.0, rise * total), max(1.0, fade * total)
+    return lambda step: level * min(1.0, (step + 1) / up) * min(1.0, (total - step) / down)
 
 
 def is_time(done: int, every: int, total: int) -> bool:

@@ -196,19 +196,29 @@ def soft_cross_entropy(logits: Tensor, shares: Tensor, labelled_share: float = 1
     return rows.mean() / labelled_share
 
 
-def mean_probability_logits(logits: Sequence[Tensor]) -> Tensor:
+def mean_probability_logits(
+    logits: Sequence[Tensor], weights: Sequence[float] | None = None
+) -> Tensor:
     """Logits of an ensemble: log of the mean of probabilities (MEAL V2, Shen & Savvides 2020).
 
     Args:
         logits: one ``[B, Y]`` for each teacher.
+        weights: one positive number for each; only their ratios count. None: all the same.
 
     Returns:
         Float32 ``[B, Y]``, without gradient; its softmax is the mean of the teachers'. ValueError
-        for an empty list or shapes that differ.
+        for an empty list, shapes that differ, or weights that are not positive numbers.
     """
     if not logits:
         raise ValueError("an ensemble needs the logits of at least one teacher, got none")
+    weights = [1.0] * len(logits) if weights is None else weights
+    if len(weights) != len(logits) or min(weights) <= 0:
+        raise ValueError(f"{len(logits)} teachers need as many weights above 0, got {weights}")
     for one in logits:
         require_same_shape(logits[0], one, "B Y")
-    logs = torch.stack([F.log_softmax(one.detach().float(), -1) for one in logits])  # [n, B, Y]
-    return torch.logsumexp(logs, 0) - math.log(len(logits))
+    shares = [math.log(weight / sum(weights)) for weight in weights]
+    logs = [
+        F.log_softmax(one.detach().float(), -1) + share
+        for one, share in zip(logits, shares, strict=True)
+    ]
+    return torch.logsumexp(torch.stack(logs), 0)  # of [n, B, Y]

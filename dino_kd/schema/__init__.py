@@ -13,6 +13,7 @@ from dino_kd.schema.distill import (
     DistillConfig,
     DistillTeacherSettings,
     StudentSettings,
+    TermSettings,
     TermsSettings,
 )
 from dino_kd.schema.embed import DuplicatesConfig, EmbedConfig, SearchConfig
@@ -97,6 +98,7 @@ __all__ = [
     "StudentSettings",
     "SupervisedOptimSettings",
     "TeacherSettings",
+    "TermSettings",
     "TermsSettings",
     "VideoConfig",
     "VisualizeConfig",

@@ -100,6 +100,9 @@ class TermSettings(Settings):
     """What every term of the loss has."""
 
     weight: NonNegative = setting(0.0, "Weight in the loss; 0: off.")
+    rise: Share = setting(
+        0.0, "Share of the run, at its start, in which the weight rises linearly from 0."
+    )
     fade: Share = setting(
         0.0, "Share of the run, at its end, in which the weight falls linearly to 0."
     )
@@ -117,6 +120,11 @@ class LogitKDSettings(TermSettings):
 class DKDSettings(TermSettings):
     """Decoupled distillation (arXiv 2203.08679); needs labels and more than two classes."""
 
+    rise: Share = setting(
+        0.08,
+        "Share of the run, at its start, in which the weight rises linearly from 0; published: 20 "
+        "of 240 epochs.",
+    )
     alpha: NonNegative = setting(1.0, "Weight of the target class against all others.")
     beta: NonNegative = setting(8.0, "Weight of the distribution over the other classes.")
     temperature: PositiveFloat = setting(4.0, "Temperature of both softmaxes.")

@@ -84,7 +84,7 @@ class DistillTask(nn.Module):
         teachers: each answers to the same images; may be empty (labels alone).
         terms: by name; ``ce`` is the one that reads labels alone. A name may end in ``@N``: the
             term then reads teacher N, else teacher 0. "logits" are the mean of all teachers' that
-            have them, as probabilities.
+            have them, as probabilities, by the teachers' weights.
         ema: momentum of the moving average of the student; 0: none.
     """
 
@@ -140,7 +140,9 @@ class DistillTask(nn.Module):
         answers = [dict(one) for one in self.answers(views, pixels)]
         scored = [one["logits"].float() for one in answers if "logits" in one]
         if len(scored) > 1:
-            mean = mean_probability_logits(scored)
+            asked = zip(self.teachers, answers, strict=True)
+            weights = [teacher.weight for teacher, one in asked if "logits" in one]
+            mean = mean_probability_logits(scored, weights)
             answers = [{**one, "logits": mean} for one in answers]
         student = self.student.answers(pixels, self.student_taps)
         losses = {

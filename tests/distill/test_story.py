@@ -33,17 +33,17 @@ from dino_kd.distill.story import (
 )
 from dino_kd.engine import loop
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
-from dino_kd.engine.schedules import faded
+from dino_kd.engine.schedules import ramped
 from dino_kd.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, DataError, UserError
 from dino_kd.features import default_resize
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.batch_norm import recalibrate
 from dino_kd.models.linear_head import HeadOrigin, LinearHead, save_linear_head
 from dino_kd.pretrained import backbone_hash, save_backbone
-from dino_kd.schema import DistillConfig
+from dino_kd.schema import DistillConfig, TermsSettings
 from eval import knn
 from tests.distill.timm_folder import write_timm_folder
-from tests.tiny import read_metrics, without_times, write_images
+from tests.tiny import read_metrics, without_times
 
 TINY = [
     "device=cpu", "data.num_workers=0", "student.backbone=test_resnet",
@@ -55,11 +55,6 @@ SMALL_VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
 VIT_STUDENT = [
     "student.backbone=vit_tiny_patch16_224", f"student.args={json.dumps(SMALL_VIT)}",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"), 36, classes=3)
 
 
 @pytest.fixture(scope="module")
@@ -338,11 +333,41 @@ def test_a_control_learns_from_another_teacher(images, teacher, tmp_path):
     assert "teacher: control of" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_a_faded_weight_falls_to_nothing_at_the_end():
-    schedule = faded(2.0, 0.25, 8)
-    assert [schedule(step) for step in range(9)] == [2, 2, 2, 2, 2, 2, 2, 1, 0]
-    assert [faded(2.0, 0.0, 8)(step) for step in (0, 7)] == [2, 2]
-    assert [faded(2.0, 1.0, 4)(step) for step in range(4)] == [2, 1.5, 1, 0.5]
+def test_a_weight_rises_at_the_start_and_falls_to_nothing_at_the_end():
+    falling = ramped(2.0, 0.0, 0.25, 8)
+    assert [falling(step) for step in range(9)] == [2, 2, 2, 2, 2, 2, 2, 1, 0]
+    assert [ramped(2.0, 0.0, 0.0, 8)(step) for step in (0, 7)] == [2, 2]
+    assert [ramped(2.0, 0.0, 1.0, 4)(step) for step in range(4)] == [2, 1.5, 1, 0.5]
+    assert [ramped(2.0, 0.5, 0.0, 8)(step) for step in range(8)] == [0.5, 1, 1.5, 2, 2, 2, 2, 2]
+    assert [ramped(4.0, 0.5, 0.25, 8)(step) for step in range(8)] == [1, 2, 3, 4, 4, 4, 4, 2]
+
+
+def test_dkd_warms_up_as_published():
+    """20 of 240 epochs: after a tenth of the run the weight is whole."""
+    terms = TermsSettings(preset="none", dkd={"weight": 1.0})  # type: ignore[arg-type]
+    schedule = ramped(1.0, terms.dkd.rise, terms.dkd.fade, 240)
+    published = [min(epoch / 20, 1) for epoch in range(1, 241)]
+    assert [schedule(epoch) for epoch in range(240)] == pytest.approx(published, abs=0.05)
+
+
+def test_a_pretraining_runs_own_prototypes_teach_without_labels(images, pretrained, tmp_path):
+    """The run's heads.safetensors, through its bottleneck and last layer; no label is read."""
+    run = distill(
+        load_settings(DistillConfig, [
+            *TINY, f"data.train={images}", "data.labels=0", f"teacher.backbone={pretrained}",
+            "terms.preset=none", "terms.prototype_kd.weight=1", "optim.length=12",
+            "terms.prototype_kd.hidden_dim=16", f"run_dir={tmp_path / 'run'}",
+        ], command="distill")
+    )  # fmt: skip
+    rows = read_metrics(run)
+    heads = load_file(pretrained / "heads.safetensors")
+    projected = load_file(run / "projectors.safetensors")
+    own, taught = projected["prototype_kd.head.last_layer"], heads["teacher.last_layer"]
+    assert len(own) == len(taught)
+    losses = [row["loss/prototype_kd"] for row in rows]
+    assert 0 < losses[-1] < losses[0]
+    assert not (run / "classifier.safetensors").exists()
+    assert (run / "backbone" / "model.safetensors").is_file()
 
 
 def test_gradients_are_compared_in_rows_that_are_written(images, teacher, tmp_path):

@@ -178,6 +178,12 @@ def test_an_ensembles_logits_have_the_mean_of_probabilities():
     assert not logits.requires_grad
     torch.testing.assert_close(mean_probability_logits([one]), F.log_softmax(one.detach(), 1))
     assert mean_probability_logits([one * 6e4, two * 6e4]).isfinite().all()
+    weighted = mean_probability_logits([one, two], [3, 1])
+    close = (3 * F.softmax(one, 1) + F.softmax(two, 1)) / 4
+    torch.testing.assert_close(F.softmax(weighted, 1), close)
+    for weights in ([1.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="2 teachers need as many weights above 0"):
+            mean_probability_logits([one, two], weights)
     with pytest.raises(ValueError, match="at least one teacher"):
         mean_probability_logits([])
     with pytest.raises(ValueError, match="must both be"):

@@ -248,8 +248,11 @@ def test_cached_answers_replace_the_teachers():
 # --- several teachers
 
 
-def test_logits_of_several_teachers_are_the_mean_of_probabilities():
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0)])
+def test_logits_of_several_teachers_are_the_weighted_mean_of_probabilities(weights):
     teachers = [make_teacher(seed=s) for s in (1, 2)]
+    for teacher, weight in zip(teachers, weights, strict=True):
+        teacher.weight = weight
     seen = []
     task = DistillTask(
         make_student(), teachers, {"logit_kd": LogitTerm(lambda s, t: seen.append(t) or s.sum())}
@@ -257,7 +260,8 @@ def test_logits_of_several_teachers_are_the_mean_of_probabilities():
     task(make_views(), VALUES)
     pixels = make_views().pixels()
     expected = [t.answers(pixels, ["logits"])["logits"].softmax(1) for t in teachers]
-    close(seen[0].softmax(1), (expected[0] + expected[1]) / 2)
+    mean = sum(w * p for w, p in zip(weights, expected, strict=True)) / sum(weights)
+    close(seen[0].softmax(1), mean)
 
 
 def test_a_term_of_another_teacher_reads_that_one():
