@@ -56,8 +56,7 @@ def run(name: str) -> tuple[str, float, int]:
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(HERE / f"{name}.py")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

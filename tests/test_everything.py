@@ -1,4 +1,4 @@
-"""`make bench`: which scripts it runs, and that it writes nothing but the part between its markers."""
+"""`make bench`: which scripts it runs; it writes nothing but the part between its markers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SCRIPT = ROOT / "benchmarks" / "everything.py"
 @pytest.fixture(scope="module")
 def everything():
     spec = importlib.util.spec_from_file_location("everything", SCRIPT)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -41,7 +42,8 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
         [sys.executable, str(SCRIPT), "speed"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "no benchmark speed" in done.stderr and "teacher_cache" in done.stderr
+    assert "no benchmark speed" in done.stderr
+    assert "teacher_cache" in done.stderr
 
 
 def test_a_failing_benchmark_fails_the_whole_and_writes_nothing(everything, tmp_path, monkeypatch):
@@ -56,4 +58,5 @@ def test_a_failing_benchmark_fails_the_whole_and_writes_nothing(everything, tmp_
     assert "x3.0" not in page.read_text()
     (tmp_path / "bad.py").unlink()
     everything.main()
-    assert "`python benchmarks/good.py`" in page.read_text() and "x3.0" in page.read_text()
+    assert "`python benchmarks/good.py`" in page.read_text()
+    assert "x3.0" in page.read_text()
