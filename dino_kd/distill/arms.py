@@ -32,6 +32,7 @@ from dino_kd.distill.arm_scores import (
 )
 from dino_kd.distill.cache import shared_cache
 from dino_kd.distill.images import open_images
+from dino_kd.distill.step_cost import side_by_side
 from dino_kd.distill.story import distill, open_teachers, prepare, resolve
 from dino_kd.distill.terms import needs_labels, needs_logits
 from dino_kd.distill.verdict import Scored, as_lines, judge
@@ -46,7 +47,8 @@ from dino_kd.runlog import RunLog
 from dino_kd.schema import DistillConfig, TermsSettings
 from dino_kd.tasks.teacher import Teacher
 
-_TRAINING_ORDER = ("kd", "scratch", "scratch_plus", "control")  # scratch_plus needs two speeds
+EQUAL_TIME_FILE = "equal_time.json"
+_TRAINING_ORDER = ("kd", "scratch", "scratch_plus", "control")
 _SMOOTHING = 0.1
 
 
@@ -132,7 +134,7 @@ def refuse(settings: DistillConfig) -> None:
     missing = [arm for arm in ("kd", "scratch") if arm not in settings.arms]
     if "scratch_plus" in settings.arms and missing:
         problems.append(
-            f"arms: scratch_plus trains as long as kd at the speed of scratch; add {missing[0]}"
+            f"arms: scratch_plus trains as long as kd, and is read beside scratch; add {missing[0]}"
         )
     if problems:
         raise ConfigError(problems)
@@ -215,7 +217,7 @@ def run_arm(
         return
     steps, equal_time = span.total_steps, None
     if arm.name == "scratch_plus":
-        equal_time = on_main(functools.partial(equal_wall_clock, arm, settings))
+        equal_time = equal_wall_clock(settings, arm, span, device)
         steps = equal_time["steps"]
     made = arm_settings(settings, arm, span, steps)
     if not on_main(lambda: (arm.folder / RESULT_FILE).is_file()):  # else: other test images
@@ -258,18 +260,34 @@ def training_cost(run_dir: Path, batch_size: int) -> dict[str, Any]:
     return {"steps": steps, "seconds_per_step": cost, "seconds": cost * steps}
 
 
-def equal_wall_clock(arm: Arm, settings: DistillConfig) -> dict[str, Any]:
-    """How many steps of scratch take the time of kd with the same seed, and both numbers."""
+def equal_wall_clock(
+    settings: DistillConfig, arm: Arm, span: Span, device: torch.device
+) -> dict[str, Any]:
+    """How many steps of scratch take the time of kd, and what a step of each costs.
+
+    Measured side by side once for a student, and kept: a resumed comparison trains as long.
+    """
+    path = arm.folder.with_name(EQUAL_TIME_FILE)
+    known = on_main(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else None)
+    if known:
+        return known
     kd, scratch = (
-        training_cost(arm.folder.with_name(f"{name}-seed{arm.seed}"), settings.optim.batch_size)
-        for name in ("kd", "scratch")
+        arm_settings(settings, replace(arm, name=name), span, span.total_steps)
+        for name in ("kd", "scratch_plus")
     )
-    steps = max(1, round(kd["seconds"] / scratch["seconds_per_step"]))
-    return {
-        "kd_seconds": kd["seconds"],
-        "scratch_seconds_per_step": scratch["seconds_per_step"],
-        "steps": steps,
-    }
+    kd_seconds, scratch_seconds, ratio = side_by_side(kd, scratch, device)
+
+    def keep() -> dict[str, Any]:
+        found = {
+            "kd_seconds_per_step": kd_seconds,
+            "scratch_seconds_per_step": scratch_seconds,
+            "ratio": ratio,
+            "steps": max(1, round(span.total_steps * ratio)),
+        }
+        write_json(path, found)
+        return found
+
+    return on_main(keep)
 
 
 def score_teacher(settings: DistillConfig, exam: Exam, device: torch.device) -> None:
@@ -314,11 +332,12 @@ def conclude(settings: DistillConfig, arms: Sequence[Arm], exam: Exam) -> dict[s
         training = json.loads((arm.folder / RESULT_FILE).read_text(encoding="utf-8"))["training"]
         if equal := training.get("equal_time"):
             notes.append(
-                f"scratch_plus of seed {arm.seed}: kd took {equal['kd_seconds']:.1f} s, a step of "
-                f"scratch {1000 * equal['scratch_seconds_per_step']:.1f} ms: {equal['steps']:,} "
-                "steps take equal time"
+                f"scratch_plus: side by side a step of kd takes "
+                f"{1000 * equal['kd_seconds_per_step']:.1f} ms, one of scratch "
+                f"{1000 * equal['scratch_seconds_per_step']:.1f} ms: {equal['steps']:,} steps take "
+                "equal time"
             )
-    return result | {"notes": notes}
+    return result | {"notes": list(dict.fromkeys(notes))}
 
 
 def load_scored(folder: Path) -> Scored:
