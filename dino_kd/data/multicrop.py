@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ _TOP, _LEFT, _H_FLIP, _V_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HU
     2 * _TRIES, 2 * _TRIES + 10
 )
 _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(2 * _TRIES + 10, _DRAWS)
-_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
+JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -98,6 +100,12 @@ class CropParams:
     blur_sigma: float  # pixels of the crop; 0 for none
     solarize_threshold: int | None  # levels from here up are inverted; none for no solarizing
 
+    @property
+    def changes_colour(self) -> bool:
+        """Whether anything but place, size and flips is changed."""
+        rest = self.grayscale, self.blur_sigma > 0, self.solarize_threshold is not None
+        return bool(self.jitter_order) or any(rest)
+
 
 def crop_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of image `index` in `epoch`: Philox, keyed by seed, counted by the rest."""
@@ -114,6 +122,97 @@ def stream(key: int, seed: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=words, counter=first))
 
 
+@dataclass(frozen=True)
+class BatchParams:
+    """Everything drawn for the S crops of each of B images, globals first, as arrays.
+
+    Attributes:
+        policy: What the crops were drawn from; it holds what all share (sizes, filter, threshold).
+        boxes: int64 [B, S, 4]: top, left, height, width in pixels of the image.
+        horizontal_flip, vertical_flip: bool [B, S].
+        jitter_order: int64 [B, S], a place in `JITTER_ORDERS`; -1 for no colour change.
+        brightness, contrast, saturation: float64 [B, S], factors.
+        hue: float64 [B, S], turns, -0.5..0.5.
+        grayscale: bool [B, S].
+        blur_sigma: float64 [B, S], pixels of the crop; 0 for none.
+        solarize: bool [B, S].
+    """
+
+    policy: CropPolicy
+    boxes: np.ndarray
+    horizontal_flip: np.ndarray
+    vertical_flip: np.ndarray
+    jitter_order: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+    saturation: np.ndarray
+    hue: np.ndarray
+    grayscale: np.ndarray
+    blur_sigma: np.ndarray
+    solarize: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def crops_of(self, row: int) -> list[CropParams]:
+        """The crops of one image, one by one."""
+        policy = self.policy
+        columns = zip(
+            *(getattr(self, name)[row].tolist() for name in _COLUMNS),
+            strict=True,
+        )
+        return [
+            CropParams(
+                box=tuple(box),
+                size=policy.global_size if number < policy.num_global_crops else policy.local_size,
+                interpolation=policy.interpolation,
+                horizontal_flip=h_flip,
+                vertical_flip=v_flip,
+                jitter_order=JITTER_ORDERS[order] if order >= 0 else (),
+                brightness=brightness,
+                contrast=contrast,
+                saturation=saturation,
+                hue=hue,
+                grayscale=gray,
+                blur_sigma=sigma,
+                solarize_threshold=policy.solarize_threshold if solarize else None,
+            )
+            for number, (box, h_flip, v_flip, order, brightness, contrast, saturation, hue, gray,
+            sigma, solarize) in enumerate(columns)
+        ]  # fmt: skip
+
+
+_COLUMNS = [field.name for field in fields(BatchParams)][1:]
+
+
+def sample_batch(
+    policy: CropPolicy,
+    sizes: Sequence[tuple[int, int]] | np.ndarray,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int] | np.ndarray,
+) -> BatchParams:
+    """Draw the crops of B images: the numbers that `sample_crops` draws for each alone.
+
+    Args:
+        policy: What may happen.
+        sizes: Height and width of each image in pixels, B pairs.
+        seed: As for `crop_rng`.
+        epoch: As for `crop_rng`.
+        indices: B image numbers; with seed and epoch they decide everything else.
+    """
+    numbers = np.asarray(indices, dtype=np.uint64).tolist()
+    draws = np.empty((len(numbers), _num_crops(policy), _DRAWS))
+    # A new generator costs as much as all its draws; one is set to each image's counter instead.
+    rng = crop_rng(seed, epoch, 0)
+    state: Any = rng.bit_generator.state
+    for row, number in enumerate(numbers):
+        state["state"]["counter"][2] = number
+        rng.bit_generator.state = state
+        rng.random(out=draws[row])
+    return _parameters(policy, np.asarray(sizes, dtype=np.int64).reshape(-1, 2), draws)
+
+
 def sample_crops(
     policy: CropPolicy, height: int, width: int, rng: np.random.Generator
 ) -> list[CropParams]:
@@ -123,78 +222,66 @@ def sample_crops(
     Boxes follow torchvision's RandomResizedCrop: ten tries, then the largest central crop of an
     allowed aspect ratio.
     """
-    kinds = np.array([*range(policy.num_global_crops), *[2] * policy.num_local_crops])
+    draws = rng.random((1, _num_crops(policy), _DRAWS))
+    return _parameters(policy, np.array([[height, width]]), draws).crops_of(0)
+
+
+def _num_crops(policy: CropPolicy) -> int:
+    return policy.num_global_crops + policy.num_local_crops
+
+
+def _parameters(policy: CropPolicy, sizes: np.ndarray, draws: np.ndarray) -> BatchParams:
+    """What the uniform numbers [B, S, 34] mean for images of `sizes` int64 [B, 2]."""
+    kinds = np.array([*range(policy.num_global_crops), *[2] * policy.num_local_crops], dtype=int)
     # [S]: 0 the first global crop, 1 the second, 2 a local one
-    draws = rng.random((len(kinds), _DRAWS))  # [S, 34]
-    boxes = _boxes(policy, height, width, kinds, draws)
-    jitters = draws[:, _JITTER] < policy.jitter
-    blurs = draws[:, _BLUR] < np.array(policy.blur)[kinds]
+    blurs = draws[..., _BLUR] < np.array(policy.blur)[kinds]
     low, high = policy.blur_sigma
-    sigmas = np.where(blurs, low + draws[:, _SIGMA] * (high - low), 0.0)
-    solarizes = draws[:, _SOLARIZE] < np.array(policy.solarize)[kinds]
-    orders = (draws[:, _ORDER] * len(_ORDERS)).astype(np.int64)
-    columns = zip(
-        kinds.tolist(),
-        boxes.tolist(),
-        (draws[:, _H_FLIP] < policy.horizontal_flip).tolist(),
-        (draws[:, _V_FLIP] < policy.vertical_flip).tolist(),
-        jitters.tolist(),
-        orders.tolist(),
-        _around(1.0, policy.brightness, draws[:, _BRIGHTNESS]),
-        _around(1.0, policy.contrast, draws[:, _CONTRAST]),
-        _around(1.0, policy.saturation, draws[:, _SATURATION]),
-        _around(0.0, policy.hue, draws[:, _HUE]),
-        (draws[:, _GRAY] < policy.grayscale).tolist(),
-        sigmas.tolist(),
-        solarizes.tolist(),
-        strict=True,
+    orders = (draws[..., _ORDER] * len(JITTER_ORDERS)).astype(np.int64)
+    return BatchParams(
+        policy,
+        boxes=_boxes(policy, sizes, kinds, draws),
+        horizontal_flip=draws[..., _H_FLIP] < policy.horizontal_flip,
+        vertical_flip=draws[..., _V_FLIP] < policy.vertical_flip,
+        jitter_order=np.where(draws[..., _JITTER] < policy.jitter, orders, -1),
+        brightness=_around(1.0, policy.brightness, draws[..., _BRIGHTNESS]),
+        contrast=_around(1.0, policy.contrast, draws[..., _CONTRAST]),
+        saturation=_around(1.0, policy.saturation, draws[..., _SATURATION]),
+        hue=_around(0.0, policy.hue, draws[..., _HUE]),
+        grayscale=draws[..., _GRAY] < policy.grayscale,
+        blur_sigma=np.where(blurs, low + draws[..., _SIGMA] * (high - low), 0.0),
+        solarize=draws[..., _SOLARIZE] < np.array(policy.solarize)[kinds],
     )
-    return [
-        CropParams(
-            box=tuple(box),
-            size=policy.local_size if kind == 2 else policy.global_size,
-            interpolation=policy.interpolation,
-            horizontal_flip=h_flip,
-            vertical_flip=v_flip,
-            jitter_order=_ORDERS[order] if jitter else (),
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            hue=hue,
-            grayscale=gray,
-            blur_sigma=sigma,
-            solarize_threshold=policy.solarize_threshold if solarize else None,
-        )
-        for kind, box, h_flip, v_flip, jitter, order, brightness, contrast, saturation, hue, gray,
-        sigma, solarize in columns
-    ]  # fmt: skip
 
 
-def _around(center: float, spread: float, draws: np.ndarray) -> list[float]:
-    return (center + (2 * draws - 1) * spread).tolist()
+def _around(center: float, spread: float, draws: np.ndarray) -> np.ndarray:
+    return center + (2 * draws - 1) * spread
 
 
 def _boxes(
-    policy: CropPolicy, height: int, width: int, kinds: np.ndarray, draws: np.ndarray
+    policy: CropPolicy, sizes: np.ndarray, kinds: np.ndarray, draws: np.ndarray
 ) -> np.ndarray:
-    """Crop boxes int64 [S, 4] as top, left, height, width."""
+    """Crop boxes int64 [B, S, 4] as top, left, height, width."""
     scales = np.array([policy.global_scale, policy.global_scale, policy.local_scale])[kinds]
     low, high = scales[:, :1], scales[:, 1:]  # [S, 1]
-    areas = height * width * (low + draws[:, _AREA] * (high - low))  # [S, 10]
+    image_heights, image_widths = sizes[:, :1], sizes[:, 1:]  # [B, 1]
+    shares = low + draws[..., _AREA] * (high - low)  # [B, S, 10]
+    areas = (image_heights * image_widths)[..., None] * shares
     log_low, log_high = (math.log(ratio) for ratio in policy.aspect_ratio)
-    aspects = np.exp(log_low + draws[:, _ASPECT] * (log_high - log_low))  # [S, 10]
+    aspects = np.exp(log_low + draws[..., _ASPECT] * (log_high - log_low))  # [B, S, 10]
     widths = np.rint(np.sqrt(areas * aspects)).astype(np.int64)
     heights = np.rint(np.sqrt(areas / aspects)).astype(np.int64)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    rows = np.arange(len(kinds))
-    first = fits.argmax(axis=1)
-    box_heights, box_widths = heights[rows, first], widths[rows, first]
-    tops = (draws[:, _TOP] * (height - box_heights + 1)).astype(np.int64)
-    lefts = (draws[:, _LEFT] * (width - box_widths + 1)).astype(np.int64)
-    boxes = np.stack([tops, lefts, box_heights, box_widths], axis=1)
-    none_fits = ~fits.any(axis=1)
-    if none_fits.any():
-        boxes[none_fits] = _central_box(height, width, policy.aspect_ratio)
+    fits = (widths > 0) & (widths <= image_widths[..., None])
+    fits &= (heights > 0) & (heights <= image_heights[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    box_heights = np.take_along_axis(heights, first, axis=-1)[..., 0]  # [B, S]
+    box_widths = np.take_along_axis(widths, first, axis=-1)[..., 0]
+    tops = (draws[..., _TOP] * (image_heights - box_heights + 1)).astype(np.int64)
+    lefts = (draws[..., _LEFT] * (image_widths - box_widths + 1)).astype(np.int64)
+    boxes = np.stack([tops, lefts, box_heights, box_widths], axis=-1)
+    none_fits = ~fits.any(axis=-1)
+    for row in np.flatnonzero(none_fits.any(axis=-1)):
+        height, width = sizes[row].tolist()
+        boxes[row, none_fits[row]] = _central_box(height, width, policy.aspect_ratio)
     return boxes
 
 
@@ -238,6 +325,11 @@ def _render(picture: Image.Image, crop: CropParams) -> Image.Image:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if crop.vertical_flip:
         picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return colour_crop(picture, crop)
+
+
+def colour_crop(picture: Image.Image, crop: CropParams) -> Image.Image:
+    """What follows the resize: colour, blur and solarize, for a picture of mode RGB or L."""
     is_rgb = picture.mode == "RGB"
     for change in crop.jitter_order:
         picture = _jitter(picture, change, crop, is_rgb)
