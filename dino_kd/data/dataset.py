@@ -32,7 +32,10 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [H, W, C]. Raises BrokenImage when it cannot be read."""
+        """Image `index` as uint8 [H, W, C]. Raises BrokenImage when it cannot be read.
+
+        A set to train on is read by several threads at once.
+        """
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people."""
