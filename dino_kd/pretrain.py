@@ -19,6 +19,7 @@ from dino_kd.config import load_settings
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
+from dino_kd.data.packed import packed
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
     is_main_process,
@@ -96,6 +97,9 @@ def pretrain(settings: PretrainConfig) -> Path:
             )
         )
         log.write_environment({"device": str(device), "precision": precision})
+        dataset = packed(
+            dataset, settings.data.pack, limit_gb=settings.data.pack_limit, say=log.say
+        )
         for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
             log.say(line)
         for line in [] if continued else warn_about(settings, plan):
@@ -329,6 +333,7 @@ def training_batches(
         world_size=world_size(),
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
+        workers=settings.data.workers,
     )
 
 

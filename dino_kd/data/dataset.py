@@ -64,6 +64,11 @@ class Subset:
         """Image `index` of the subset as uint8 [H, W, C]. Raises BrokenImage."""
         return self.dataset.read(int(self.indices[index]))
 
+    def read_block(self, indices: np.ndarray) -> np.ndarray | None:
+        """Images uint8 [n, H, W, C] at once, from a set that can; else None."""
+        read_block = getattr(self.dataset, "read_block", None)
+        return None if read_block is None else read_block(self.indices[indices])
+
     def path(self, index: int) -> str:
         """Where image `index` of the subset lies."""
         return self.dataset.path(int(self.indices[index]))

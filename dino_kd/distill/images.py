@@ -140,6 +140,7 @@ def view_batches(
         world_size=world_size(),
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
+        workers=settings.data.workers,
     )
     with closing(watched(batches, broken, settings.run_dir, start_step)) as seen:
         for step, batch in enumerate(seen, start=start_step):
