@@ -221,6 +221,8 @@ def loading_advice(settings: PretrainConfig | FinetuneConfig | DistillConfig) ->
     tips = []
     if workers < most:
         tips.append(f"raise {section}num_workers from {workers} to {most}")
+    if not isinstance(settings, FinetuneConfig) and settings.data.renderer in ("torch", "pillow"):
+        tips.append(f"set data.renderer=native, several times as fast as {settings.data.renderer}")
     if not isinstance(settings, FinetuneConfig) and settings.data.pack == "off":
         tips.append("set data.pack=auto, which pays for images up to 64 px and on network disks")
     if isinstance(settings, PretrainConfig):

@@ -20,6 +20,7 @@ from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
 from dino_kd.data.packed import packed
+from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
     is_main_process,
@@ -82,6 +83,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
         settings, notes = resolve_auto(settings, plan, precision)
+        renderer = make_renderer(settings.data.renderer, notes.append)
         monitor_sets = monitor_images(settings)
         task = build_task(settings).to(device)
         for network in (task.student, task.teacher):
@@ -96,9 +98,8 @@ def pretrain(settings: PretrainConfig) -> Path:
                 open_run, settings, log, command="pretrain", train_on="model.init_from"
             )
         )
-        log.write_environment({"device": str(device), "precision": precision})
-        dataset = packed(
-            dataset, settings.data.pack, limit_gb=settings.data.pack_limit, say=log.say
+        log.write_environment(
+            {"device": str(device), "precision": precision, "renderer": renderer.name}
         )
         for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
             log.say(line)
@@ -106,6 +107,8 @@ def pretrain(settings: PretrainConfig) -> Path:
             log.warn(line)
 
         # Build what trains.
+        data = settings.data
+        dataset = packed(dataset, data.pack, limit_gb=data.pack_limit, say=log.say)
         head = task.student.head
         groups = parameter_groups(task.student, head.prototype_parameters())
         optimizer = make_optimizer(
@@ -334,6 +337,7 @@ def training_batches(
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
         workers=settings.data.workers,
+        renderer=make_renderer(settings.data.renderer),
     )
 
 

@@ -18,11 +18,14 @@ def test_pretraining_names_workers_pack_and_crops() -> None:
     told = loading_advice(PretrainConfig(data={"train": "x", "num_workers": 2}, run_dir="r"))
     assert "raise data.num_workers from 2 to 7" in told
     assert "data.pack=auto" in told
+    assert "renderer" not in told
     assert "crops.num_local_crops" in told
 
 
 def test_what_is_set_already_is_not_advised() -> None:
-    told = loading_advice(PretrainConfig(data={"train": "x", "pack": "auto"}, run_dir="r"))
+    data = {"train": "x", "pack": "auto", "renderer": "pillow"}
+    told = loading_advice(PretrainConfig(data=data, run_dir="r"))
+    assert told.startswith("set data.renderer=native")
     assert "num_workers" not in told
     assert "pack" not in told
 

@@ -86,22 +86,23 @@ def crop_batches(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-    renderer: str = "auto",
+    renderer: Renderer | None = None,
     workers: str = "auto",
 ) -> Generator[CropBatch, None, None]:
     """This rank's batches of the steps `start_step` .. `total_steps` - 1.
 
-    Draws from (seed, epoch, image) only. `batch_size` is global. Epoch e is one permutation; its
-    global batch t is entries t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size`
-    equal slices. One iterator runs over all steps, so loading does not pause between epochs.
-    Closing it (`close()`, or reaching the end) ends the workers: `num_workers` threads or processes
-    as `worker_kind` says, which make the same bytes.
+    Draws from (seed, epoch, image) only; `renderer` (the fastest one when None) turns the draws
+    into pixels. `batch_size` is global. Epoch e is one permutation; its global batch t is entries
+    t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size` equal slices.
+    One iterator runs over all steps, so loading does not pause between epochs. Closing it
+    (`close()`, or reaching the end) ends the workers: `num_workers` threads or processes as
+    `worker_kind` says, which make the same bytes.
 
     A broken image is replaced by another one, drawn from (seed, epoch, image, attempt) and
     augmented with the broken one's parameters.
 
     Raises:
-        ConfigError: `batch_size` is not divisible by `world_size`; no such renderer here.
+        ConfigError: `batch_size` is not divisible by `world_size`, or no such `workers`.
         DataError: fewer images than one batch (now); 20 replacements in a row are broken, or a
             worker process died (while iterating).
     """
@@ -118,7 +119,7 @@ def crop_batches(
     requests = CropRequests(
         len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size
     )
-    maker = CropMaker(dataset, policy, seed, make_renderer(renderer))
+    maker = CropMaker(dataset, policy, seed, renderer or make_renderer())
     if num_workers and worker_kind(workers, maker.renderer) == "threads":
         pin = pin_memory and torch.cuda.is_available()
         return run_in_threads(maker, requests, num_workers, pin_memory=pin)

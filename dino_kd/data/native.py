@@ -10,8 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dino_kd.data.compiler import compiled
-from dino_kd.data.multicrop import JITTER_ORDERS, BatchParams
+from dino_kd.data.compiler import CannotCompileError, compiled
+from dino_kd.data.multicrop import (
+    JITTER_ORDERS,
+    BatchParams,
+    CropPolicy,
+    render_crops,
+    sample_batch,
+)
 
 _IMAGE = np.dtype([("pixels", "u8"), ("height", "i8"), ("width", "i8"), ("slot", "i8")])
 _CROP = np.dtype(
@@ -39,17 +45,21 @@ _ORDERS = np.array(
 class NativeRenderer:
     """The compiled kernel. RGB only.
 
-    Raises OSError, in words, when there is no compiler or it fails.
+    Raises CannotCompileError when it cannot be compiled, loaded, or renders other crops.
     """
 
     name = "native"
     releases_gil = True
 
     def __init__(self) -> None:
-        self._kernel = ctypes.CDLL(str(compiled("crops.cpp"))).render
+        try:
+            self._kernel = ctypes.CDLL(str(compiled("crops.cpp"))).render
+        except OSError as error:  # a disk without permission to run code
+            raise CannotCompileError(f"the library cannot be loaded ({error})") from None
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         self._kernel.argtypes = [pointer, count, pointer, pointer, pointer, pointer]
         self._kernel.restype = ctypes.c_int
+        _compare_with_pillow(self)
 
     def __reduce__(self) -> tuple[type[NativeRenderer], tuple[()]]:
         return NativeRenderer, ()  # a loaded library cannot be pickled; worker processes load it
@@ -114,3 +124,20 @@ def _recipe(params: BatchParams, globals_out: np.ndarray, locals_out: np.ndarray
         ],
         dtype=np.int64,
     )  # fmt: skip
+
+
+def _compare_with_pillow(renderer: NativeRenderer) -> None:
+    """A millisecond against compilers that nobody has tried: crops of a small picture agree."""
+    policy = CropPolicy(global_size=(24, 20), local_size=(12, 12), num_local_crops=4)
+    down, across = np.mgrid[0:40, 0:36]
+    picture = np.stack([3 * down, 7 * across, 255 - 4 * down - across], axis=2).astype(np.uint8)
+    params = sample_batch(policy, [picture.shape[:2]], 0, 0, [0])
+    globals_out, locals_out = (
+        np.zeros((2, 1, 3, 24, 20), np.uint8),
+        np.zeros((4, 1, 3, 12, 12), np.uint8),
+    )
+    renderer.render([picture], params, globals_out, locals_out, [0])
+    ours = [*globals_out[:, 0], *locals_out[:, 0]]
+    for mine, reference in zip(ours, render_crops(picture, params.crops_of(0)), strict=True):
+        if np.square(mine.astype(np.float64) - reference).mean() > 4:
+            raise CannotCompileError("its crops differ from Pillow's; the compiler may be at fault")

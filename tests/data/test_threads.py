@@ -83,7 +83,7 @@ class Failing(Memory):
 def batches(data: Memory, **changes: object) -> list[CropBatch]:
     options = {
         "batch_size": 8, "seed": 7, "start_step": 0, "total_steps": 9, "num_workers": 3,
-        "workers": "threads", "renderer": "auto", **changes,
+        "workers": "threads", **changes,
     }  # fmt: skip
     return list(crop_batches(data, POLICY, **options))  # type: ignore[arg-type]
 
@@ -101,13 +101,13 @@ def loader_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("loader-")]
 
 
-@pytest.mark.parametrize("renderer", ["auto", "pillow"])
+@pytest.mark.parametrize("renderer", ["auto", "torch", "pillow"])
 @pytest.mark.parametrize("threads", [1, 3, 16])
 def test_threads_give_the_bytes_of_the_main_thread(renderer: str, threads: int) -> None:
     """All batches are kept here: memory that is in use must not be written again."""
-    ours = batches(Memory(), renderer=renderer, num_workers=threads)
+    ours = batches(Memory(), renderer=make_renderer(renderer), num_workers=threads)
     assert any(batch.broken for batch in ours)
-    assert_same(ours, batches(Memory(), renderer=renderer, num_workers=0))
+    assert_same(ours, batches(Memory(), renderer=make_renderer(renderer), num_workers=0))
     assert not loader_threads()
 
 
@@ -232,7 +232,7 @@ class Late(Memory):
         self.reads += 1
         return super().read(index)
 running = crop_batches(Late(broken=()), POLICY, batch_size=8, seed=0, start_step=0, total_steps=9,
-                       num_workers=1, workers="threads", renderer="pillow")
+                       num_workers=1, workers="threads")
 next(running)
 print("seen", flush=True)
 """
