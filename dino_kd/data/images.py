@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dino_kd.data.jpeg import decode_plain_jpeg
+
 EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga",
@@ -68,6 +70,9 @@ def decode_image(source: bytes | str | os.PathLike[str], channels: int) -> np.nd
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if data.startswith(_NPY_MAGIC):
             return _array_file(data, channels)
+        plain = decode_plain_jpeg(data, channels)
+        if plain is not None:
+            return plain
         with warnings.catch_warnings():  # a damaged EXIF block or a large picture only warns
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as picture:
