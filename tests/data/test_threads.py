@@ -255,3 +255,48 @@ def test_what_makes_batches_follows_the_renderer() -> None:
     assert worker_kind("processes", Free()) == "processes"  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="fibres"):
         worker_kind("fibres", pillow)
+
+
+def test_a_set_of_pixels_is_read_and_rendered_in_one_call_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By counting calls; and many times as fast as Pillow image by image, in processor time."""
+    renderer = make_renderer()
+    if renderer.name != "native":
+        pytest.skip("no compiler here")
+    calls: list[int] = []
+
+    class Counted:
+        name, releases_gil = "counted", True
+
+        def render(self, images: np.ndarray, *rest: object) -> None:
+            calls.append(len(images))
+            renderer.render(images, *rest)  # type: ignore[arg-type]
+
+    data = Pixels()
+    options = {"batch_size": 256, "total_steps": 4, "num_workers": 2}
+    fast, begin = batches(data, renderer=Counted(), **options), time.process_time()
+    assert calls == [128] * 8
+    batches(data, renderer=renderer, **options)
+    ours = time.process_time() - begin
+    monkeypatch.delattr(Pixels, "read_block")
+    assert_same(fast, batches(data, renderer=renderer, **options))
+    begin = time.process_time()
+    batches(data, renderer=make_renderer("pillow"), num_workers=0, batch_size=256, total_steps=2)
+    assert (time.process_time() - begin) * 2 > 4 * ours
+
+
+class Pixels(Memory):
+    """512 images of 32 px that can be had at once."""
+
+    def __init__(self) -> None:
+        self.block = np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+    def read(self, index: int) -> np.ndarray:
+        return self.block[index]
+
+    def read_block(self, indices: np.ndarray) -> np.ndarray:
+        return self.block[indices]
