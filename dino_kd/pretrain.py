@@ -19,7 +19,7 @@ from dino_kd.config import load_settings
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
-from dino_kd.data.packed import packed
+from dino_kd.data.packed import pack_folder, packed
 from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
@@ -185,6 +185,7 @@ def training_images(settings: PretrainConfig) -> ImageDataset:
     )
     refuse_run_inside(settings.run_dir, data.train)
     check_readable(dataset, "data.train")
+    pack_folder(data.pack)  # a mistake in it is told now
     return dataset
 
 

@@ -128,7 +128,7 @@ def packed(
         ConfigError: the folder is a file, or this system cannot read files by offset.
         UserError: too little room on the disk or within the limit.
     """
-    folder = _folder(setting, where)
+    folder = pack_folder(setting, where)
     if folder is None:
         return dataset
     if type(dataset) is Subset:
@@ -142,7 +142,8 @@ def packed(
     return PackedImages(dataset, entry)
 
 
-def _folder(setting: str, where: str) -> Path | None:
+def pack_folder(setting: str, where: str = "data.pack") -> Path | None:
+    """The folder of packs that the setting means; None for off. Raises ConfigError for a file."""
     try:
         folder = cache_folder(setting, "packed")
     except ConfigError:
@@ -189,10 +190,12 @@ def _find_or_make(
 
 def _probe(dataset: ImageDataset) -> tuple[tuple[int, ...] | None, float]:
     """The shape [H, W, C] that a sample of the images shares, if it is small; seconds per image."""
-    begin = time.perf_counter()
     chosen = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE).astype(int)).tolist()
     shapes = set()
-    for index in chosen:
+    begin = time.perf_counter()
+    for number, index in enumerate(chosen):
+        if number == 1:  # the first read loads decoders
+            begin = time.perf_counter()
         try:
             shapes.add(dataset.read(index).shape)
         except BrokenImage:
