@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from dino_kd.config import load_settings
+from dino_kd.crop_sizes import crop_curriculum, describe_curriculum, refusal, size_changes
+from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
@@ -83,6 +85,13 @@ def pretrain(settings: PretrainConfig) -> Path:
         settings, notes = resolve_auto(settings, plan, precision)
         monitor_sets = monitor_images(settings)
         task = build_task(settings).to(device)
+        curriculum = crop_curriculum(
+            settings.curriculum,
+            crop_policy(settings),
+            task.student.backbone,
+            steps=plan.steps(settings.curriculum.length),
+            total_steps=plan.total_steps,
+        )
         for network in (task.student, task.teacher):
             attention_backend(network.backbone, device.type, DTYPES[precision])
 
@@ -96,7 +105,8 @@ def pretrain(settings: PretrainConfig) -> Path:
             )
         )
         log.write_environment({"device": str(device), "precision": precision})
-        for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
+        said = [describe_run(settings, task, device, precision), plan.describe(), *notes]
+        for line in [*said, describe_curriculum(curriculum)]:
             log.say(line)
         for line in [] if continued else warn_about(settings, plan):
             log.warn(line)
@@ -125,6 +135,7 @@ def pretrain(settings: PretrainConfig) -> Path:
                 log.warn, num_prototypes=head.num_prototypes, total_steps=plan.total_steps
             ),
             broken,
+            size_changes(curriculum, log.say),
         ]
         if monitor_sets:
             hooks.append(knn_monitor(settings, plan, monitor_sets, task, precision, log))
@@ -144,7 +155,7 @@ def pretrain(settings: PretrainConfig) -> Path:
             on_main(write)
 
         # Train.
-        batches = training_batches(settings, dataset, plan, progress.step, device)
+        batches = training_batches(settings, dataset, plan, progress.step, device, curriculum)
         cleanup.callback(batches.close)
         progress = fit(
             task,
@@ -242,20 +253,15 @@ def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
 def check_local_crops(settings: PretrainConfig, backbone: Backbone) -> None:
     """Networks of a fixed input size cannot take smaller local crops: better known now."""
     height, width = as_height_width(settings.crops.local_size)
-    if not settings.crops.num_local_crops or (height, width) == backbone.img_size:
+    if not settings.crops.num_local_crops:
         return
-    was_training = backbone.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            backbone.eval()(torch.zeros(1, backbone.in_chans, height, width))
-    except (RuntimeError, ValueError, AssertionError) as error:
+    reason = refusal(backbone, height, width)
+    if reason:
         raise ConfigError(
             f"crops.local_size: {settings.model.backbone} does not take {height} x {width} px "
-            f"beside {backbone.img_size[0]} x {backbone.img_size[1]} ({error}); set local_size to "
+            f"beside {backbone.img_size[0]} x {backbone.img_size[1]} ({reason}); set local_size to "
             "global_size, or num_local_crops=0"
-        ) from None
-    finally:
-        backbone.train(was_training)
+        )
 
 
 def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -316,11 +322,12 @@ def training_batches(
     plan: Plan,
     start_step: int,
     device: torch.device,
+    policy: CropPolicy | Curriculum,
 ) -> Generator[CropBatch, None, None]:
     """This process's share of every batch from `start_step` on."""
     return crop_batches(
         dataset,
-        crop_policy(settings),
+        policy,
         batch_size=settings.optim.batch_size,
         seed=settings.seed,
         start_step=start_step,

@@ -114,7 +114,7 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 def crop_batches(
     dataset: ImageDataset,
-    policy: CropPolicy,
+    policy: CropPolicy | Callable[[int], CropPolicy],
     *,
     batch_size: int,
     seed: int,
@@ -127,8 +127,9 @@ def crop_batches(
 ) -> Generator[CropBatch, None, None]:
     """This rank's batches of the steps `start_step` .. `total_steps` - 1.
 
-    Draws from (seed, epoch, image) only. `batch_size` is global. Epoch e is one permutation; its
-    global batch t is entries t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size`
+    Draws from (seed, epoch, image) only. `policy` may be a function of the 0-based step: called
+    here, and carried along by each request. `batch_size` is global. Epoch e is one permutation;
+    its global batch t is entries t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size`
     equal slices. One iterator runs over all steps, so loading does not pause between epochs.
     Closing it (`close()`, or reaching the end) ends the worker processes.
 
@@ -151,9 +152,9 @@ def crop_batches(
             f"Set optim.batch_size to {len(dataset)} or less, or add images."
         )
     requests = _CropRequests(
-        len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size
+        len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size, policy
     )
-    return _run(_CropMaker(dataset, policy, seed), requests, num_workers, pin_memory)
+    return _run(_CropMaker(dataset, seed), requests, num_workers, pin_memory)
 
 
 def image_batches(
@@ -193,7 +194,7 @@ def _whole(
 
 @dataclass(frozen=True)
 class _CropRequests:
-    """For each step: its epoch, and the images of this rank."""
+    """For each step: its epoch, the images of this rank, and what may happen to their crops."""
 
     num_images: int
     batch_size: int
@@ -201,11 +202,12 @@ class _CropRequests:
     steps: range
     rank: int
     world_size: int
+    policy: CropPolicy | Callable[[int], CropPolicy]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, CropPolicy]]:
         per_epoch = steps_per_epoch(self.num_images, self.batch_size)
         share = self.batch_size // self.world_size
         current, order = -1, np.empty(0, dtype=np.int64)
@@ -214,7 +216,8 @@ class _CropRequests:
             if epoch != current:
                 current, order = epoch, epoch_order(self.seed, epoch, self.num_images)
             begin = batch * self.batch_size + self.rank * share
-            yield epoch, order[begin : begin + share].copy()
+            policy = self.policy if isinstance(self.policy, CropPolicy) else self.policy(step)
+            yield epoch, order[begin : begin + share].copy(), policy
 
 
 @dataclass
@@ -222,22 +225,21 @@ class _CropMaker:
     """Makes a whole batch per request, in one buffer per crop group."""
 
     dataset: ImageDataset
-    policy: CropPolicy
     seed: int
 
-    def __getitems__(self, request: tuple[int, np.ndarray]) -> CropBatch | UserError:
-        epoch, indices = request
+    def __getitems__(self, request: tuple[int, np.ndarray, CropPolicy]) -> CropBatch | UserError:
+        epoch, indices, policy = request
         shown = torch.from_numpy(indices.copy())
         crops: Crops | None = None
         broken: list[BrokenImage] = []
-        globals_ = self.policy.num_global_crops
+        globals_ = policy.num_global_crops
         try:
             for slot, index in enumerate(indices.tolist()):
                 image, shown[slot] = self._read(epoch, index, broken)
                 rng = crop_rng(self.seed, epoch, index)
-                params = sample_crops(self.policy, image.shape[0], image.shape[1], rng)
+                params = sample_crops(policy, image.shape[0], image.shape[1], rng)
                 if crops is None:
-                    crops = self._buffers(len(indices), image.shape[2])
+                    crops = _buffers(policy, len(indices), image.shape[2])
                     buffers = crops.global_crops.numpy(), crops.local_crops.numpy()
                 for number, rendered in enumerate(render_crops(image, params)):
                     group, place = (0, number) if number < globals_ else (1, number - globals_)
@@ -246,17 +248,6 @@ class _CropMaker:
             return error
         assert crops is not None  # a batch has at least one image
         return CropBatch(crops, shown, broken)
-
-    def _buffers(self, batch: int, channels: int) -> Crops:
-        policy = self.policy
-        return Crops(
-            torch.empty(
-                (policy.num_global_crops, batch, channels, *policy.global_size), dtype=torch.uint8
-            ),
-            torch.empty(
-                (policy.num_local_crops, batch, channels, *policy.local_size), dtype=torch.uint8
-            ),
-        )
 
     def _read(self, epoch: int, index: int, broken: list[BrokenImage]) -> tuple[np.ndarray, int]:
         """The image, or the first readable replacement, and its index."""
@@ -272,6 +263,17 @@ class _CropMaker:
             f"{self.dataset.spec}: {_MAX_REPLACEMENTS + 1} images in a row cannot be read; the "
             f"last one is {broken[-1]}"
         )
+
+
+def _buffers(policy: CropPolicy, batch: int, channels: int) -> Crops:
+    return Crops(
+        torch.empty(
+            (policy.num_global_crops, batch, channels, *policy.global_size), dtype=torch.uint8
+        ),
+        torch.empty(
+            (policy.num_local_crops, batch, channels, *policy.local_size), dtype=torch.uint8
+        ),
+    )
 
 
 @dataclass

@@ -34,6 +34,7 @@ from dino_kd.schema.launch import LaunchConfig, PipelineConfig, SlurmSettings, S
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
+    CurriculumSettings,
     DataSettings,
     HeadSettings,
     LogSettings,
@@ -63,6 +64,7 @@ __all__ = [
     "BenchmarkSettings",
     "CopydetectConfig",
     "CropSettings",
+    "CurriculumSettings",
     "DataSettings",
     "DistillConfig",
     "DistillTeacherSettings",
