@@ -51,6 +51,7 @@ setup(
     package_data={
         "dino_kd.configs": ["*/*.yaml"],
         "dino_kd": ["py.typed"],
+        "dino_kd.data": ["*.cpp"],  # compiled at first use
         "eval": ["templates/*.html"],
     },
     install_requires=[

@@ -28,7 +28,8 @@ from dino_kd.config import load_settings
 from dino_kd.crop_sizes import crop_curriculum
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.loader import crop_batches
-from dino_kd.data.multicrop import CropPolicy, Crops
+from dino_kd.data.multicrop import Crops
+from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.engine.hooks import KnnMonitor
 from dino_kd.engine.loop import Progress, fit
@@ -41,13 +42,14 @@ from dino_kd.presets import Plan, fit_options, make_plan, resolve_auto
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
 
+PLAIN = ["optim.precision=fp32", "data.renderer=pillow"]  # and `make_plain`
 CIFAR = {
-    "plain": ["pretrain/cifar10_cpu", "optim.precision=fp32", "optim.length=4ep"],
+    "plain": ["pretrain/cifar10_cpu", *PLAIN, "optim.length=2ep"],
     "fast": ["pretrain/cifar10_fast"],
 }
 _SHORT = ["pretrain/demo", "optim.batch_size=32", "optim.length=40", "optim.warmup=4"]
 TEXTURES = {
-    "plain": [*_SHORT, "optim.precision=fp32"],
+    "plain": [*_SHORT, *PLAIN],
     "fast": [*_SHORT, "curriculum.scale=0.5", "curriculum.length=75%"],
 }
 CPU = torch.device("cpu")
@@ -98,7 +100,8 @@ class Silent:
     def numbers(self, step: int, values: dict[str, float]) -> None:
         """Nothing: the scores are printed by `Watch`."""
 
-    progress = numbers
+    def progress(self, step: int, total: int, values: dict[str, float]) -> None:
+        """Nothing."""
 
     def warn(self, text: str) -> None:
         """Rare, and worth knowing."""
@@ -116,27 +119,26 @@ def run(
     plan = make_plan(settings, len(images), 1)
     settings, _ = resolve_auto(settings, plan, precision)
     task = story.build_task(settings)
-    policy = story.crop_policy(settings)
     for network in (task.student, task.teacher):
         attention_backend(network.backbone, "cpu", DTYPES[precision])
     if plain:
-        batches = plain_batches(images, policy, settings, plan)
         make_plain(task)
-    else:
-        batches = fast_batches(images, policy, settings, plan, task.student.backbone)
     groups = parameter_groups(task.student, task.student.head.prototype_parameters())
     optimizer = make_optimizer(settings.optim.name, groups, momentum=settings.optim.sgd_momentum)
     batch = settings.optim.batch_size
     monitor = KnnMonitor(
         task.teacher.backbone, images, queries,
-        extract=functools.partial(extract_features, size=task.teacher.backbone.img_size),
+        extract=functools.partial(
+            extract_features, size=task.teacher.backbone.img_size, precision=args.scoring
+        ),
         every=max(1, args.every // batch), total_steps=plan.total_steps, k=20,
         max_images=args.images, say=lambda text: None,
     )  # fmt: skip
     stop = StopFlag()
     watch = Watch(monitor, batch_size=batch, target=args.target, stop=stop)
     fit(
-        task, batches, optimizer, story.make_schedules(settings, plan),
+        task, batches_of(settings, images, plan, task.student.backbone), optimizer,
+        story.make_schedules(settings, plan),
         replace(fit_options(settings, plan, CPU), log_every=0, save_every=0),
         progress=Progress(), scaler=torch.amp.GradScaler("cpu", enabled=False), log=Silent(),
         save=lambda progress: None, hooks=[watch], stop=stop,
@@ -144,28 +146,18 @@ def run(
     return watch.scores
 
 
-def fast_batches(
-    images: ImageDataset, policy: CropPolicy, settings: PretrainConfig, plan: Plan, net: Backbone
+def batches_of(
+    settings: PretrainConfig, images: ImageDataset, plan: Plan, net: Backbone
 ) -> Iterator[Crops]:
-    """As `dino-kd pretrain` feeds itself."""
+    """As `dino-kd pretrain` feeds itself, in this process."""
     curriculum = crop_curriculum(
-        settings.curriculum, policy, net,
+        settings.curriculum, story.crop_policy(settings), net,
         steps=plan.steps(settings.curriculum.length), total_steps=plan.total_steps,
     )  # fmt: skip
     for batch in crop_batches(
         images, curriculum, batch_size=settings.optim.batch_size, seed=settings.seed,
         start_step=0, total_steps=plan.total_steps,
-    ):  # fmt: skip
-        yield batch.crops
-
-
-def plain_batches(
-    images: ImageDataset, policy: CropPolicy, settings: PretrainConfig, plan: Plan
-) -> Iterator[Crops]:
-    """The same crops at full size, one image after the other, by Pillow."""
-    for batch in crop_batches(
-        images, policy, batch_size=settings.optim.batch_size, seed=settings.seed,
-        start_step=0, total_steps=plan.total_steps,
+        renderer=make_renderer(settings.data.renderer),
     ):  # fmt: skip
         yield batch.crops
 
@@ -219,9 +211,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the scores as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    args.scoring = choose_precision("auto", CPU)  # of both sides, whatever they train in
     if args.data:
         sides, train, test = CIFAR, f"{args.data}/train", f"{args.data}/test"
-        defaults = {"target": 44.0, "images": 5_000, "every": 12_800}
+        defaults = {"target": 40.0, "images": 5_000, "every": 6_400}
     else:
         sides, train, test = (
             TEXTURES,

@@ -21,6 +21,7 @@ from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
+from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
     is_main_process,
@@ -83,6 +84,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
         settings, notes = resolve_auto(settings, plan, precision)
+        renderer = make_renderer(settings.data.renderer, notes.append)
         monitor_sets = monitor_images(settings)
         task = build_task(settings).to(device)
         curriculum = crop_curriculum(
@@ -104,7 +106,9 @@ def pretrain(settings: PretrainConfig) -> Path:
                 open_run, settings, log, command="pretrain", train_on="model.init_from"
             )
         )
-        log.write_environment({"device": str(device), "precision": precision})
+        log.write_environment(
+            {"device": str(device), "precision": precision, "renderer": renderer.name}
+        )
         said = [describe_run(settings, task, device, precision), plan.describe(), *notes]
         for line in [*said, describe_curriculum(curriculum)]:
             log.say(line)
@@ -336,6 +340,7 @@ def training_batches(
         world_size=world_size(),
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
+        renderer=make_renderer(settings.data.renderer),
     )
 
 

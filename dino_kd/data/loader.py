@@ -22,16 +22,16 @@ from dino_kd.data.images import BrokenImage
 from dino_kd.data.multicrop import (
     CropPolicy,
     Crops,
-    crop_rng,
-    render_crops,
-    sample_crops,
+    sample_batch,
     stream,
 )
+from dino_kd.data.renderers import Renderer, make_renderer
 from dino_kd.errors import ConfigError, DataError, UserError
 
 _ORDER_KEY = 0x6F72646572  # "order": the permutation of an epoch
 _REPLACEMENT_KEY = 0x72657064  # "repl": the image that stands in for a broken one
 _MAX_REPLACEMENTS = 20
+_RENDER_TOGETHER = 2**20  # bytes of decoded images: many small ones in one call, few large ones
 _IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
@@ -124,12 +124,14 @@ def crop_batches(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    renderer: Renderer | None = None,
 ) -> Generator[CropBatch, None, None]:
     """This rank's batches of the steps `start_step` .. `total_steps` - 1.
 
-    Draws from (seed, epoch, image) only. `policy` may be a function of the 0-based step: called
-    here, and carried along by each request. `batch_size` is global. Epoch e is one permutation;
-    its global batch t is entries t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size`
+    Draws from (seed, epoch, image) only; `renderer` (the fastest one when None) turns the draws
+    into pixels. `policy` may be a function of the 0-based step: called here, and carried along by
+    each request. `batch_size` is global. Epoch e is one permutation; its
+    global batch t is entries t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size`
     equal slices. One iterator runs over all steps, so loading does not pause between epochs.
     Closing it (`close()`, or reaching the end) ends the worker processes.
 
@@ -154,7 +156,8 @@ def crop_batches(
     requests = _CropRequests(
         len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size, policy
     )
-    return _run(_CropMaker(dataset, seed), requests, num_workers, pin_memory)
+    maker = _CropMaker(dataset, seed, renderer or make_renderer())
+    return _run(maker, requests, num_workers, pin_memory)
 
 
 def image_batches(
@@ -226,28 +229,44 @@ class _CropMaker:
 
     dataset: ImageDataset
     seed: int
+    renderer: Renderer
 
     def __getitems__(self, request: tuple[int, np.ndarray, CropPolicy]) -> CropBatch | UserError:
         epoch, indices, policy = request
-        shown = torch.from_numpy(indices.copy())
+        shown = indices.copy()
         crops: Crops | None = None
         broken: list[BrokenImage] = []
-        globals_ = policy.num_global_crops
+        read: list[np.ndarray] = []
+        size = 0
         try:
             for slot, index in enumerate(indices.tolist()):
                 image, shown[slot] = self._read(epoch, index, broken)
-                rng = crop_rng(self.seed, epoch, index)
-                params = sample_crops(policy, image.shape[0], image.shape[1], rng)
-                if crops is None:
-                    crops = _buffers(policy, len(indices), image.shape[2])
-                    buffers = crops.global_crops.numpy(), crops.local_crops.numpy()
-                for number, rendered in enumerate(render_crops(image, params)):
-                    group, place = (0, number) if number < globals_ else (1, number - globals_)
-                    buffers[group][place, slot] = rendered
+                read.append(image)
+                size += image.size
+                crops = crops or _buffers(policy, len(indices), image.shape[2])
+                if slot + 1 == len(indices) or size >= _RENDER_TOGETHER:
+                    first, size = slot + 1 - len(read), 0
+                    self._render(crops, policy, read, epoch, indices[first : slot + 1], first)
+                    read.clear()
         except UserError as error:  # carried to the main process, free of the loader's traceback
             return error
         assert crops is not None  # a batch has at least one image
-        return CropBatch(crops, shown, broken)
+        return CropBatch(crops, torch.from_numpy(shown), broken)
+
+    def _render(
+        self,
+        crops: Crops,
+        policy: CropPolicy,
+        images: list[np.ndarray],
+        epoch: int,
+        indices: np.ndarray,
+        first: int,
+    ) -> None:
+        """Fill the places from `first` on with the crops of `images`."""
+        sizes = [image.shape[:2] for image in images]
+        params = sample_batch(policy, sizes, self.seed, epoch, indices)
+        buffers = crops.global_crops.numpy(), crops.local_crops.numpy()
+        self.renderer.render(images, params, *buffers, range(first, first + len(images)))
 
     def _read(self, epoch: int, index: int, broken: list[BrokenImage]) -> tuple[np.ndarray, int]:
         """The image, or the first readable replacement, and its index."""

@@ -100,6 +100,12 @@ class CropParams:
     blur_sigma: float  # pixels of the crop; 0 for none
     solarize_threshold: int | None  # levels from here up are inverted; none for no solarizing
 
+    @property
+    def changes_colour(self) -> bool:
+        """Whether anything but place, size and flips is changed."""
+        rest = self.grayscale, self.blur_sigma > 0, self.solarize_threshold is not None
+        return bool(self.jitter_order) or any(rest)
+
 
 def crop_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of image `index` in `epoch`: Philox, keyed by seed, counted by the rest."""
@@ -319,6 +325,11 @@ def _render(picture: Image.Image, crop: CropParams) -> Image.Image:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if crop.vertical_flip:
         picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return colour_crop(picture, crop)
+
+
+def colour_crop(picture: Image.Image, crop: CropParams) -> Image.Image:
+    """What follows the resize: colour, blur and solarize, for a picture of mode RGB or L."""
     is_rgb = picture.mode == "RGB"
     for change in crop.jitter_order:
         picture = _jitter(picture, change, crop, is_rgb)

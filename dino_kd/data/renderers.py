@@ -6,13 +6,16 @@ same crops, and differs from the Pillow one, the reference, by rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from dino_kd.data.compiler import CannotCompileError
 from dino_kd.data.multicrop import BatchParams, render_crops, sample_batch
-from dino_kd.errors import ConfigError
+from dino_kd.data.native import NativeRenderer
+from dino_kd.data.torch_crops import TorchRenderer
+from dino_kd.errors import ConfigError, unknown_name
 
 __all__ = [
     "RENDERERS",
@@ -80,11 +83,50 @@ class PillowRenderer:
                     locals_out[place, slot] = crop
 
 
-def make_renderer(name: str = "auto") -> Renderer:
-    """The back-end of that name; auto: the fastest that works here.
+class RgbRenderer:
+    """A back-end for three channels; Pillow renders all other images."""
 
-    Raises ConfigError for an unknown name, or for one that cannot work on this machine.
+    def __init__(self, rgb: Renderer) -> None:
+        self.rgb, self.other = rgb, PillowRenderer()
+        self.name, self.releases_gil = rgb.name, rgb.releases_gil
+
+    def render(
+        self,
+        images: Sequence[np.ndarray],
+        params: BatchParams,
+        globals_out: np.ndarray,
+        locals_out: np.ndarray,
+        slots: Sequence[int],
+    ) -> None:
+        """See `Renderer.render`."""
+        is_rgb = globals_out.shape[2] == 3
+        (self.rgb if is_rgb else self.other).render(images, params, globals_out, locals_out, slots)
+
+
+def make_renderer(name: str = "auto", note: Callable[[str], None] | None = None) -> Renderer:
+    """The back-end of that name.
+
+    Args:
+        name: One of `RENDERERS`; auto: native where it compiles (seconds, the first time on a
+            machine), else torch.
+        note: Is told, in a sentence, why auto did not come to native.
+
+    Raises:
+        ConfigError: an unknown name, or native, asked for by name, does not compile here.
     """
     if name not in RENDERERS:
-        raise ConfigError(f"no renderer {name!r}; accepted are {', '.join(RENDERERS)}")
-    return PillowRenderer()
+        raise unknown_name("renderer", name, RENDERERS, "data.renderer")
+    if name == "pillow":
+        return PillowRenderer()
+    if name != "torch":
+        try:
+            return RgbRenderer(NativeRenderer())
+        except CannotCompileError as error:
+            if name == "native":
+                raise ConfigError(
+                    f"data.renderer=native does not work here: {error}. Install g++ or clang++ "
+                    "(or name one in the environment variable CXX), or use data.renderer=auto"
+                ) from None
+            if note is not None:
+                note(f"crops are rendered by torch, the native renderer is not usable: {error}")
+    return RgbRenderer(TorchRenderer())

@@ -14,6 +14,7 @@ from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.mixing import MixPolicy, Views, draw_mix
 from dino_kd.data.multicrop import CropPolicy, supervised_policy
+from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.data.splits import holdout
 from dino_kd.distributed import processes_here, rank, world_size
@@ -140,6 +141,7 @@ def view_batches(
         world_size=world_size(),
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
+        renderer=make_renderer(settings.data.renderer),
     )
     with closing(watched(batches, broken, settings.run_dir, start_step)) as seen:
         for step, batch in enumerate(seen, start=start_step):

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.data.renderers import make_renderer
 from dino_kd.distill.cache import TeacherCache, teacher_folder
 from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
 from dino_kd.distill.teachers import match_classes, number_of_logits, open_teacher, randomise
@@ -105,7 +106,13 @@ def distill(settings: DistillConfig, *, control: bool = False) -> Path:
             open_run, lesson.settings, log, command="distill", train_on="student.init_from"
         )
         continued = on_main(claim)
-        log.write_environment({"device": str(device), "precision": lesson.settings.optim.precision})
+        log.write_environment(
+            {
+                "device": str(device),
+                "precision": lesson.settings.optim.precision,
+                "renderer": make_renderer(lesson.settings.data.renderer).name,
+            }
+        )
         for line in describe(lesson):
             log.say(line)
 
@@ -142,6 +149,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
     notes: list[str] = []
     if not labels_alone:
         teachers, notes = open_teachers(settings, images, control)
+    make_renderer(settings.data.renderer, notes.append)
     class_names = classes_of(settings, images, teachers)
     num_classes = None if class_names is None else len(class_names)
     span = make_span(
@@ -347,6 +355,7 @@ def open_cache(lesson: Lesson) -> TeacherCache | None:
     identity = {
         "images": on_main(train.fingerprint),
         "views": repr(view_policies(settings, size)),
+        "renderer": make_renderer(settings.data.renderer).name,  # answers belong to exact pixels
         "seed": settings.seed,
         "batch_size": settings.optim.batch_size,
     }

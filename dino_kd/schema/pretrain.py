@@ -42,6 +42,12 @@ class DataSettings(Settings):
         "Loader processes per training process; auto: cores per process - 1, at most 16.",
         free=True,
     )
+    renderer: Literal["auto", "native", "torch", "pillow"] = setting(
+        "auto",
+        "What cuts and colours crops: native (C++ compiled at first use), torch, or pillow, the "
+        "reference; auto: native, without a compiler torch. Crops differ by rounding only.",
+        free=True,
+    )
     max_broken_share: Share = setting(
         0.01, "Stop when more than this share of all images cannot be read.", free=True
     )

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from dino_kd.data import loader
 from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import (
     CropBatch,
@@ -31,6 +32,7 @@ from dino_kd.data.multicrop import (
     supervised_policy,
 )
 from dino_kd.data.pictures import save_crop_picture
+from dino_kd.data.renderers import PillowRenderer, make_renderer
 from dino_kd.errors import ConfigError, DataError
 
 POLICY = CropPolicy(global_size=(8, 6), local_size=(4, 4), num_local_crops=3)
@@ -82,7 +84,7 @@ class Signalled(Memory):
         return super().read(index)
 
 
-def batches(dataset: Memory, **changes: int) -> list[CropBatch]:
+def batches(dataset: Memory, **changes: object) -> list[CropBatch]:
     options = {"batch_size": 4, "seed": 7, "start_step": 0, "total_steps": 8, **changes}
     return list(crop_batches(dataset, POLICY, **options))  # type: ignore[arg-type]
 
@@ -99,7 +101,7 @@ def assert_same(ours: list[CropBatch], theirs: list[CropBatch]) -> None:
 def test_batches_follow_their_definition() -> None:
     """Brute force: permutation per epoch, slices of it, each image rendered by itself."""
     data = Memory(11)
-    made = batches(data)
+    made = batches(data, renderer=PillowRenderer())
     assert len(made) == 8
     for step, batch in enumerate(made):
         epoch, number = divmod(step, 2)  # 11 images hold two batches of 4
@@ -113,6 +115,17 @@ def test_batches_follow_their_definition() -> None:
             rendered = render_crops(image, params)
             np.testing.assert_array_equal(batch.crops.global_crops[:, slot], rendered[:2])
             np.testing.assert_array_equal(batch.crops.local_crops[:, slot], rendered[2:])
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "pillow"])
+def test_large_images_are_rendered_as_small_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many images share a call changes nothing."""
+    options = {"batch_size": 8, "total_steps": 2, "renderer": make_renderer(name)}
+    together = batches(Memory(11), **options)
+    monkeypatch.setattr(loader, "_RENDER_TOGETHER", 1)
+    assert_same(together, batches(Memory(11), **options))
 
 
 def test_epochs_are_different_permutations() -> None:
@@ -157,11 +170,11 @@ def test_loading_leaves_the_global_generators_alone() -> None:
 
 def test_broken_images_are_replaced_and_listed() -> None:
     data = Memory(8, broken=(3,))
-    made = batches(data, total_steps=4)
+    made = batches(data, total_steps=4, renderer=PillowRenderer())
     listed = [str(broken) for batch in made for broken in batch.broken]
     assert listed.count("memory[3]: cut") >= 2  # once in each of two epochs
     assert all(3 not in batch.indices.tolist() for batch in made)
-    assert_same(made, batches(data, total_steps=4))
+    assert_same(made, batches(data, total_steps=4, renderer=PillowRenderer()))
     batch = next(b for b in made if b.broken)
     order = epoch_order(7, made.index(batch) // 2, 8)
     slot = order[(made.index(batch) % 2) * 4 :].tolist().index(3)

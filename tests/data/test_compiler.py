@@ -1,0 +1,113 @@
+"""Compiling at first use: once, by several processes at once, and not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dino_kd.data import compiler
+from dino_kd.data.compiler import CannotCompileError, compiled, find_compiler
+from dino_kd.data.native import NativeRenderer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, on disk and in memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiled.cache_clear()
+    yield tmp_path / "cache/dino_kd/native"
+    compiled.cache_clear()
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source that compiles in no time, in place of the shipped ones."""
+    try:
+        find_compiler()
+    except CannotCompileError as error:
+        pytest.skip(str(error))
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
+    return source
+
+
+def test_a_source_is_compiled_once_and_again_when_it_changes(small: Path, cache: Path) -> None:
+    first = compiled("small.cpp")
+    made = first.stat().st_mtime_ns
+    compiled.cache_clear()
+    assert compiled("small.cpp") == first
+    assert first.stat().st_mtime_ns == made
+    small.write_text('extern "C" int answer() { return 43; }\n')
+    compiled.cache_clear()
+    assert compiled("small.cpp") != first
+    assert len(list(cache.iterdir())) == 2  # nothing half-made is left
+
+
+@pytest.mark.parametrize("changed", ["_processor", "_version"])
+def test_another_processor_or_compiler_compiles_anew(
+    small: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compiled("small.cpp")
+    compiled.cache_clear()
+    monkeypatch.setattr(compiler, changed, lambda *_: "another")
+    assert compiled("small.cpp") != first
+
+
+def test_a_source_that_does_not_compile_gives_the_reason(small: Path, cache: Path) -> None:
+    small.write_text("int main( {\n")
+    with pytest.raises(CannotCompileError, match="failed: "):
+        compiled("small.cpp")
+    assert list(cache.iterdir()) == []
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CannotCompileError, match=r"no C\+\+ compiler is installed \(looked for g"):
+        NativeRenderer()
+    monkeypatch.setenv("CXX", "gcc-of-mine")
+    with pytest.raises(CannotCompileError, match="looked for gcc-of-mine"):
+        NativeRenderer()
+
+
+def test_a_broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'no licence today' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(CannotCompileError, match="broken failed: no licence today"):
+        NativeRenderer()
+
+
+def test_a_cache_that_cannot_be_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(CannotCompileError, match="cache cannot be used"):
+        compiled("small.cpp")
+
+
+def test_several_processes_compile_at_once(small: Path, cache: Path) -> None:
+    """Each ends with a library that works, and one file is left."""
+    program = (
+        "import ctypes; from dino_kd.data import compiler; "
+        f"compiler.__file__ = {str(small.with_name('compiler.py'))!r}; "
+        "print(ctypes.CDLL(str(compiler.compiled('small.cpp'))).answer())"
+    )
+    root = Path(__file__).resolve().parents[2]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=root, env=dict(os.environ),
+            stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert [process.communicate()[0].strip() for process in running] == ["42", "42"]
+    assert len(list(cache.iterdir())) == 1
