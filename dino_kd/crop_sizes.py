@@ -1,4 +1,4 @@
-"""The crop sizes of a run, step by step: from settings to a curriculum that the network takes."""
+"""The crops of a run: from settings to plain values, sizes that the network takes at every step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from dino_kd.data.curriculum import Curriculum, make_curriculum
 from dino_kd.data.multicrop import CropPolicy
 from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import Backbone
-from dino_kd.schema import CurriculumSettings
+from dino_kd.schema import CurriculumSettings, PretrainConfig
 
 _CNN_GRID = 8  # pixels; CNNs pad where a stride does not divide, so this is for round numbers
+
+
+def crop_policy(settings: PretrainConfig) -> CropPolicy:
+    """The augmentation settings as plain values."""
+    values = settings.crops.model_dump(exclude={"preset"})
+    for name in ("global_size", "local_size"):
+        values[name] = as_height_width(values[name])
+    return CropPolicy(**values)
 
 
 def crop_curriculum(
@@ -71,6 +79,38 @@ def _check_sizes(curriculum: Curriculum, backbone: Backbone) -> None:
                 )
 
 
+def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
+    """Both crop sizes must be whole patches."""
+    patch = backbone.patch_size or 1
+    names = ["global_size"] + (["local_size"] if settings.crops.num_local_crops else [])
+    problems = []
+    for name in names:
+        for side in as_height_width(getattr(settings.crops, name)):
+            if side % patch:
+                below, above = side // patch * patch, (side // patch + 1) * patch
+                near = " or ".join(str(s) for s in (below, above) if s)
+                problems.append(
+                    f"crops.{name}: {side} px is not a multiple of the {patch} px patch of "
+                    f"{settings.model.backbone}; use {near}"
+                )
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def check_local_crops(settings: PretrainConfig, backbone: Backbone) -> None:
+    """Networks of a fixed input size cannot take smaller local crops: better known now."""
+    height, width = as_height_width(settings.crops.local_size)
+    if not settings.crops.num_local_crops:
+        return
+    reason = refusal(backbone, height, width)
+    if reason:
+        raise ConfigError(
+            f"crops.local_size: {settings.model.backbone} does not take {height} x {width} px "
+            f"beside {backbone.img_size[0]} x {backbone.img_size[1]} ({reason}); set local_size to "
+            "global_size, or num_local_crops=0"
+        )
+
+
 def refusal(backbone: Backbone, height: int, width: int) -> str:
     """Why the network cannot take images of this size, in its own words; empty if it can."""
     if (height, width) == backbone.img_size:
@@ -85,6 +125,11 @@ def refusal(backbone: Backbone, height: int, width: int) -> str:
     finally:
         backbone.train(was_training)
     return ""
+
+
+def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One side or (height, width) as (height, width)."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def describe_curriculum(curriculum: Curriculum) -> str:

@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 
 from dino_kd.config import load_settings
-from dino_kd.crop_sizes import crop_curriculum, describe_curriculum, refusal, size_changes
+from dino_kd.crop_sizes import (
+    check_crop_sizes,
+    check_local_crops,
+    crop_curriculum,
+    crop_policy,
+    describe_curriculum,
+    size_changes,
+)
 from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
@@ -42,7 +49,7 @@ from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
 from dino_kd.files import write_tensors
-from dino_kd.models.backbone import Backbone, attention_backend
+from dino_kd.models.backbone import attention_backend
 from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, head_from_settings, save_backbone
 from dino_kd.rundir import (
@@ -236,43 +243,6 @@ def build_task(settings: PretrainConfig) -> DinoTask:
     )
 
 
-def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
-    """Both crop sizes must be whole patches."""
-    patch = backbone.patch_size or 1
-    names = ["global_size"] + (["local_size"] if settings.crops.num_local_crops else [])
-    problems = []
-    for name in names:
-        for side in as_height_width(getattr(settings.crops, name)):
-            if side % patch:
-                below, above = side // patch * patch, (side // patch + 1) * patch
-                near = " or ".join(str(s) for s in (below, above) if s)
-                problems.append(
-                    f"crops.{name}: {side} px is not a multiple of the {patch} px patch of "
-                    f"{settings.model.backbone}; use {near}"
-                )
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
-
-
-def check_local_crops(settings: PretrainConfig, backbone: Backbone) -> None:
-    """Networks of a fixed input size cannot take smaller local crops: better known now."""
-    height, width = as_height_width(settings.crops.local_size)
-    if not settings.crops.num_local_crops:
-        return
-    reason = refusal(backbone, height, width)
-    if reason:
-        raise ConfigError(
-            f"crops.local_size: {settings.model.backbone} does not take {height} x {width} px "
-            f"beside {backbone.img_size[0]} x {backbone.img_size[1]} ({reason}); set local_size to "
-            "global_size, or num_local_crops=0"
-        )
-
-
-def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """One side or (height, width) as (height, width)."""
-    return (size, size) if isinstance(size, int) else size
-
-
 def restore_run(
     run_dir: Path,
     task: DinoTask,
@@ -310,14 +280,6 @@ def make_schedules(settings: PretrainConfig, plan: Plan) -> dict[str, Schedule]:
         "teacher_temp": linear(teacher.warmup_temp, teacher.temp, plan.temp_warmup),
         "freeze_last_layer": switch(plan.freeze_last_layer),
     }
-
-
-def crop_policy(settings: PretrainConfig) -> CropPolicy:
-    """The augmentation settings as plain values."""
-    values = settings.crops.model_dump(exclude={"preset"})
-    for name in ("global_size", "local_size"):
-        values[name] = as_height_width(values[name])
-    return CropPolicy(**values)
 
 
 def training_batches(

@@ -205,3 +205,22 @@ def test_mistakes_are_a_sentence_before_the_first_step(images, tmp_path, capsys,
     assert expected in found
     assert "Traceback" not in found
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("network", [[], CNN])
+def test_half_the_side_is_less_than_a_third_of_the_work(images, tmp_path, network):
+    """Counted, not timed: multiplications of a whole step by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dino_kd.data.multicrop import Crops
+    from dino_kd.pretrain import build_task
+
+    task = build_task(settings(images, tmp_path / "run", "model.drop_path=0", *network))
+
+    def work(side: int) -> int:
+        pixels = [torch.zeros(2, 4, 3, s, s, dtype=torch.uint8) for s in (side, side // 2)]
+        with FlopCounterMode(display=False) as counter:
+            task(Crops(*pixels), {"teacher_temp": 0.04})[0].backward()
+        return counter.get_total_flops()
+
+    assert work(64) > 3 * work(32)
