@@ -16,6 +16,15 @@ from pathlib import Path
 import torch
 
 from dino_kd.config import load_settings
+from dino_kd.crop_sizes import (
+    check_crop_sizes,
+    check_local_crops,
+    crop_curriculum,
+    crop_policy,
+    describe_curriculum,
+    size_changes,
+)
+from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
@@ -41,7 +50,7 @@ from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
 from dino_kd.files import write_tensors
-from dino_kd.models.backbone import Backbone, attention_backend
+from dino_kd.models.backbone import attention_backend
 from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, head_from_settings, save_backbone
 from dino_kd.rundir import (
@@ -86,6 +95,13 @@ def pretrain(settings: PretrainConfig) -> Path:
         renderer = make_renderer(settings.data.renderer, notes.append)
         monitor_sets = monitor_images(settings)
         task = build_task(settings).to(device)
+        curriculum = crop_curriculum(
+            settings.curriculum,
+            crop_policy(settings),
+            task.student.backbone,
+            steps=plan.steps(settings.curriculum.length),
+            total_steps=plan.total_steps,
+        )
         for network in (task.student, task.teacher):
             attention_backend(network.backbone, device.type, DTYPES[precision])
 
@@ -101,7 +117,8 @@ def pretrain(settings: PretrainConfig) -> Path:
         log.write_environment(
             {"device": str(device), "precision": precision, "renderer": renderer.name}
         )
-        for line in [describe_run(settings, task, device, precision), plan.describe(), *notes]:
+        said = [describe_run(settings, task, device, precision), plan.describe(), *notes]
+        for line in [*said, describe_curriculum(curriculum)]:
             log.say(line)
         for line in [] if continued else warn_about(settings, plan):
             log.warn(line)
@@ -132,6 +149,7 @@ def pretrain(settings: PretrainConfig) -> Path:
                 log.warn, num_prototypes=head.num_prototypes, total_steps=plan.total_steps
             ),
             broken,
+            size_changes(curriculum, log.say),
         ]
         if monitor_sets:
             hooks.append(knn_monitor(settings, plan, monitor_sets, task, precision, log))
@@ -151,7 +169,7 @@ def pretrain(settings: PretrainConfig) -> Path:
             on_main(write)
 
         # Train.
-        batches = training_batches(settings, dataset, plan, progress.step, device)
+        batches = training_batches(settings, dataset, plan, progress.step, device, curriculum)
         cleanup.callback(batches.close)
         progress = fit(
             task,
@@ -229,48 +247,6 @@ def build_task(settings: PretrainConfig) -> DinoTask:
     )
 
 
-def check_crop_sizes(settings: PretrainConfig, backbone: Backbone) -> None:
-    """Both crop sizes must be whole patches."""
-    patch = backbone.patch_size or 1
-    names = ["global_size"] + (["local_size"] if settings.crops.num_local_crops else [])
-    problems = []
-    for name in names:
-        for side in as_height_width(getattr(settings.crops, name)):
-            if side % patch:
-                below, above = side // patch * patch, (side // patch + 1) * patch
-                near = " or ".join(str(s) for s in (below, above) if s)
-                problems.append(
-                    f"crops.{name}: {side} px is not a multiple of the {patch} px patch of "
-                    f"{settings.model.backbone}; use {near}"
-                )
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
-
-
-def check_local_crops(settings: PretrainConfig, backbone: Backbone) -> None:
-    """Networks of a fixed input size cannot take smaller local crops: better known now."""
-    height, width = as_height_width(settings.crops.local_size)
-    if not settings.crops.num_local_crops or (height, width) == backbone.img_size:
-        return
-    was_training = backbone.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            backbone.eval()(torch.zeros(1, backbone.in_chans, height, width))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"crops.local_size: {settings.model.backbone} does not take {height} x {width} px "
-            f"beside {backbone.img_size[0]} x {backbone.img_size[1]} ({error}); set local_size to "
-            "global_size, or num_local_crops=0"
-        ) from None
-    finally:
-        backbone.train(was_training)
-
-
-def as_height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """One side or (height, width) as (height, width)."""
-    return (size, size) if isinstance(size, int) else size
-
-
 def restore_run(
     run_dir: Path,
     task: DinoTask,
@@ -310,25 +286,18 @@ def make_schedules(settings: PretrainConfig, plan: Plan) -> dict[str, Schedule]:
     }
 
 
-def crop_policy(settings: PretrainConfig) -> CropPolicy:
-    """The augmentation settings as plain values."""
-    values = settings.crops.model_dump(exclude={"preset"})
-    for name in ("global_size", "local_size"):
-        values[name] = as_height_width(values[name])
-    return CropPolicy(**values)
-
-
 def training_batches(
     settings: PretrainConfig,
     dataset: ImageDataset,
     plan: Plan,
     start_step: int,
     device: torch.device,
+    policy: CropPolicy | Curriculum,
 ) -> Generator[CropBatch, None, None]:
     """This process's share of every batch from `start_step` on."""
     return crop_batches(
         dataset,
-        crop_policy(settings),
+        policy,
         batch_size=settings.optim.batch_size,
         seed=settings.seed,
         start_step=start_step,

@@ -46,6 +46,7 @@ LAYERS = {
     "dino_kd.engine": 3,
     "dino_kd.tasks": 4,
     "dino_kd.presets": 5,
+    "dino_kd.crop_sizes": 5,
     "dino_kd.pretrained": 5,
     "dino_kd.rundir": 5,
     "dino_kd.pretrain": 6,

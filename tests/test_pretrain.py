@@ -491,6 +491,7 @@ def test_every_setting_is_read(images, tmp_path, monkeypatch):
     chosen = settings(
         images, tmp_path / "run", "optim.length=2",
         f"monitor.train={images}", f"monitor.test={images}",
+        "curriculum.scale=0.5", "curriculum.length=1",
     )  # fmt: skip
     monkeypatch.setattr(Settings, "__getattribute__", record)
     pretrain(chosen)

@@ -27,6 +27,7 @@ _MAX_REPLACEMENTS = 20
 # few enough photographs to stay in the processor's cache (and 16 threads within 100 MB).
 _GATHERED_BYTES = 4 * 2**20
 
+Request = tuple[int, np.ndarray, CropPolicy]  # epoch, images, what may happen to their crops
 Shape = tuple[int, ...]
 Allocate = Callable[[Shape, Shape], tuple[torch.Tensor, torch.Tensor]]
 
@@ -66,7 +67,7 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CropRequests:
-    """For each step: its epoch, and the images of this rank."""
+    """For each step: its epoch, the images of this rank, and what may happen to their crops."""
 
     num_images: int
     batch_size: int
@@ -74,11 +75,12 @@ class CropRequests:
     steps: range
     rank: int
     world_size: int
+    policy: CropPolicy | Callable[[int], CropPolicy]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+    def __iter__(self) -> Iterator[Request]:
         per_epoch = steps_per_epoch(self.num_images, self.batch_size)
         share = self.batch_size // self.world_size
         current, order = -1, np.empty(0, dtype=np.int64)
@@ -87,7 +89,8 @@ class CropRequests:
             if epoch != current:
                 current, order = epoch, epoch_order(self.seed, epoch, self.num_images)
             begin = batch * self.batch_size + self.rank * share
-            yield epoch, order[begin : begin + share].copy()
+            policy = self.policy if isinstance(self.policy, CropPolicy) else self.policy(step)
+            yield epoch, order[begin : begin + share].copy(), policy
 
 
 def _empty(globals_: Shape, locals_: Shape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,14 +99,13 @@ def _empty(globals_: Shape, locals_: Shape) -> tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class CropMaker:
-    """Makes the batch of a request (epoch, image numbers)."""
+    """Makes the batch of a request."""
 
     dataset: ImageDataset
-    policy: CropPolicy
     seed: int
     renderer: Renderer
 
-    def __getitems__(self, request: tuple[int, np.ndarray]) -> CropBatch | UserError:
+    def __getitems__(self, request: Request) -> CropBatch | UserError:
         """The whole batch, for a loader process; an error is carried home without a traceback."""
         batch = self.open(request)
         try:
@@ -112,7 +114,7 @@ class CropMaker:
             return error
         return batch.result()
 
-    def open(self, request: tuple[int, np.ndarray], allocate: Allocate = _empty) -> OpenBatch:
+    def open(self, request: Request, allocate: Allocate = _empty) -> OpenBatch:
         """A batch to be filled; `allocate` gives its two buffers once the channels are known."""
         return OpenBatch(self, *request, allocate)
 
@@ -128,10 +130,15 @@ class OpenBatch:
     """A batch in the making. Threads may fill different places at the same time."""
 
     def __init__(
-        self, maker: CropMaker, epoch: int, indices: np.ndarray, allocate: Allocate
+        self,
+        maker: CropMaker,
+        epoch: int,
+        indices: np.ndarray,
+        policy: CropPolicy,
+        allocate: Allocate,
     ) -> None:
         self._maker, self._epoch, self._indices = maker, epoch, indices
-        self._allocate = allocate
+        self._policy, self._allocate = policy, allocate
         self._lock = threading.Lock()
         self._crops: Crops | None = None
         self._arrays: tuple[np.ndarray, np.ndarray] | None = None
@@ -201,14 +208,14 @@ class OpenBatch:
             else [image.shape[:2] for image in images]
         )
         drawn_for = self._indices[begin:end]  # a replacement takes the broken one's numbers
-        params = sample_batch(maker.policy, sizes, maker.seed, self._epoch, drawn_for)
+        params = sample_batch(self._policy, sizes, maker.seed, self._epoch, drawn_for)
         buffers = self._buffers(images[0].shape[2])
         maker.renderer.render(images, params, *buffers, range(begin, end))
 
     def _buffers(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if self._arrays is None:
-                policy, batch = self._maker.policy, len(self)
+                policy, batch = self._policy, len(self)
                 self._crops = Crops(
                     *self._allocate(
                         (policy.num_global_crops, batch, channels, *policy.global_size),

@@ -76,7 +76,7 @@ class EvalTransform:
 
 def crop_batches(
     dataset: ImageDataset,
-    policy: CropPolicy,
+    policy: CropPolicy | Callable[[int], CropPolicy],
     *,
     batch_size: int,
     seed: int,
@@ -92,8 +92,9 @@ def crop_batches(
     """This rank's batches of the steps `start_step` .. `total_steps` - 1.
 
     Draws from (seed, epoch, image) only; `renderer` (the fastest one when None) turns the draws
-    into pixels. `batch_size` is global. Epoch e is one permutation; its global batch t is entries
-    t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size` equal slices.
+    into pixels. `policy` may be a function of the 0-based step: each request carries its own along.
+    `batch_size` is global. Epoch e is one permutation; its global batch t is entries t*B .. (t+1)*B
+    of it, and rank r takes the r-th of `world_size` equal slices.
     One iterator runs over all steps, so loading does not pause between epochs. Closing it
     (`close()`, or reaching the end) ends the workers: `num_workers` threads or processes as
     `worker_kind` says, which make the same bytes.
@@ -117,9 +118,9 @@ def crop_batches(
             f"Set optim.batch_size to {len(dataset)} or less, or add images."
         )
     requests = CropRequests(
-        len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size
+        len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size, policy
     )
-    maker = CropMaker(dataset, policy, seed, renderer or make_renderer())
+    maker = CropMaker(dataset, seed, renderer or make_renderer())
     if num_workers and worker_kind(workers, maker.renderer) == "threads":
         pin = pin_memory and torch.cuda.is_available()
         return run_in_threads(maker, requests, num_workers, pin_memory=pin)

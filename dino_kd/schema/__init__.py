@@ -35,6 +35,7 @@ from dino_kd.schema.launch import LaunchConfig, PipelineConfig, SlurmSettings, S
 from dino_kd.schema.pretrain import (
     CROP_PRESETS,
     CropSettings,
+    CurriculumSettings,
     DataSettings,
     HeadSettings,
     LogSettings,
@@ -64,6 +65,7 @@ __all__ = [
     "BenchmarkSettings",
     "CopydetectConfig",
     "CropSettings",
+    "CurriculumSettings",
     "DataSettings",
     "DistillConfig",
     "DistillTeacherSettings",

@@ -13,6 +13,7 @@ from dino_kd.schema.base import (
     Length,
     PositiveFloat,
     PositiveInt,
+    PositiveShare,
     Range,
     RunLength,
     RunSettings,
@@ -133,6 +134,31 @@ CROP_PRESETS: dict[str, dict[str, Any]] = {
     "small": {"global_size": 32, "local_size": 16, "num_local_crops": 4, "blur": (0.0, 0.0, 0.0)},
     "non_rgb": {"saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "solarize": (0.0, 0.0, 0.0)},
 }
+
+
+class CurriculumSettings(Settings):
+    """Smaller crops first: cheaper steps, then the rest of the run at full size. Off at scale 1."""
+
+    scale: PositiveShare = setting(
+        1.0,
+        "Sides of the first crops as a share of the full ones, rounded to whole patches (CNNs: to "
+        "8 px); 1: always full size.",
+        unit="share",
+    )
+    length: Length = setting(
+        "80%", "How long crops are smaller than at full size.", unit="steps, 'ep' or '%'"
+    )
+    stages: Annotated[int, Field(ge=1, le=64)] = setting(
+        1, "Sizes on the way, each for an equal part of `length`, evenly spaced up to full size."
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> CurriculumSettings:
+        fields = type(self).model_fields
+        idle = [n for n in ("length", "stages") if getattr(self, n) != fields[n].default]
+        if self.scale == 1 and idle:
+            raise ValueError(f"{' and '.join(idle)} without effect at scale=1; set scale below 1")
+        return self
 
 
 class ModelSettings(Settings):
@@ -300,6 +326,7 @@ class PretrainConfig(RunSettings):
 
     data: DataSettings
     crops: CropSettings = CropSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
     model: ModelSettings = ModelSettings()
     head: HeadSettings = HeadSettings()
     teacher: TeacherSettings = TeacherSettings()
