@@ -64,14 +64,14 @@ def class_feature(net: Any, x: Tensor) -> Tensor:
     return net.forward_head(net.norm(_first_rows(net.blocks[-1], tokens, _NETWORKS[type(net)])))
 
 
-def _first_rows(block: Block, x: Tensor, rows: int) -> Tensor:
+def _first_rows(block: Any, x: Tensor, rows: int) -> Tensor:
     """The first `rows` tokens that a block makes of all tokens ``[N, T, D]``: ``[N, rows, D]``."""
     looked = _attend(block.attn, block.norm1(x), rows)  # [N, rows, D]
     first = x[:, :rows] + block.drop_path1(block.ls1(looked))
     return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
 
 
-def _attend(attention: Attention, x: Tensor, rows: int) -> Tensor:
+def _attend(attention: Any, x: Tensor, rows: int) -> Tensor:
     """The attention output of the first `rows` of ``[N, T, D]``: ``[N, rows, D]``."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for three products

@@ -7,13 +7,17 @@ import copy
 import pytest
 import torch
 
+from torch.nn.parallel import DistributedDataParallel
+
 from dino_kd.data.multicrop import Crops
+from dino_kd.distributed import process_group
 from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.signals import StopFlag
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.tasks.dino import DinoTask
+from tests.two_ranks import on_two_ranks
 
 VALUES = {"teacher_temp": 0.04, "momentum": 0.9, "measure": 1.0}
 
@@ -79,6 +83,49 @@ def test_a_batch_of_64_equals_4_micro_batches_of_16():
         torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=name)
     for name in ("student.backbone.net.blocks.0.mlp.fc1.weight", "center.center"):
         assert (whole.state_dict()[name] - before[name]).abs().max() > 1e-3
+
+
+def share(crops, rank):
+    half = slice(rank * 4, rank * 4 + 4)
+    return Crops(crops.global_crops[:, half], crops.local_crops[:, half])
+
+
+def check_frozen_step(rank):
+    """A frozen and a free step under DDP, with and without its search for unused parameters."""
+    crops = make_crops(8)
+    for values in (VALUES | {"freeze_last_layer": 1.0}, VALUES):
+        alone = make_task()
+        alone(crops, values)[0].backward()
+        expected = {n: p.grad for n, p in alone.student.named_parameters()}
+        for search in (False, True):
+            task = make_task()
+            with process_group("cpu"):
+                shared = DistributedDataParallel(task, find_unused_parameters=search)
+                shared(share(crops, rank), values)[0].backward()
+            for name, parameter in task.student.named_parameters():
+                if expected[name] is None:
+                    assert name == "head.last_layer" and "freeze_last_layer" in values
+                    assert parameter.grad is None or not parameter.grad.any()
+                else:
+                    torch.testing.assert_close(
+                        parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name
+                    )
+
+
+@pytest.mark.dist
+def test_a_frozen_last_layer_in_two_processes_equals_one():
+    on_two_ranks(check_frozen_step)
+
+
+def test_a_frozen_last_layer_stays_and_everything_else_learns_the_same():
+    """Against a step that computes its gradient and forgets it."""
+    frozen, dropped = make_task(), make_task()
+    crops = make_crops(4)
+    frozen(crops, VALUES | {"freeze_last_layer": 1.0})[0].backward()
+    dropped(crops, VALUES)[0].backward()
+    for name, parameter in dropped.student.named_parameters():
+        found = frozen.student.get_parameter(name).grad
+        assert found is None if name == "head.last_layer" else torch.equal(found, parameter.grad)
 
 
 def test_teacher_and_center_move_by_their_momentum():
