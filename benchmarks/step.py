@@ -20,10 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from loss import pair_by_pair
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_kd.data.multicrop import Crops
 from dino_kd.engine.loop import FitOptions, Progress, fit
@@ -127,27 +129,30 @@ class DefaultStep:
     """One step of `fit` as a run with default settings takes it."""
 
     def __init__(self, task: DinoTask, precision: str) -> None:
-        self.task, self.precision, self.progress = task, precision, Progress()
+        self.task, self.precision = task, precision
+        self.progress = Progress(step=1)  # a run's first step makes a row of metrics
+        self.stop = StopFlag()
+        self.stop.request("one step")
         for network in (task.student, task.teacher):
             attention_backend(network.backbone, "cpu", DTYPES[precision])
         groups = parameter_groups(task.student, task.student.head.prototype_parameters())
         self.optimizer = make_optimizer("adamw", groups)
 
     def __call__(self, crops: Crops) -> None:
-        done = self.progress.step
+        self.progress.stopped = ""
         fit(
             self.task,
             iter([crops]),
             self.optimizer,
             {name: functools.partial(lambda value, step: value, value)
              for name, value in VALUES.items()},
-            FitOptions(done + 1, crops.global_crops.shape[1], CPU, precision=self.precision,
+            FitOptions(10**9, crops.global_crops.shape[1], CPU, precision=self.precision,
                        clip_grad=3.0, log_every=10**9),
             progress=self.progress,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             log=Silence(),
             save=lambda progress: None,
-            stop=StopFlag(),
+            stop=self.stop,
         )  # fmt: skip
 
 
@@ -180,20 +185,36 @@ def measure_time(size: str, batch: int, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def measure_memory(size: str, batch: int, name: str) -> float:
-    """Peak resident MB of a fresh process that takes two steps."""
+class Counting(TorchDispatchMode):
+    """Counts operations less views, which a GPU would launch, and numbers read back from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.reads = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.launches += not function.is_view
+        self.reads += function.overloadpacket is torch.ops.aten._local_scalar_dense
+        return function(*args, **kwargs or {})
+
+
+def measure_memory(size: str, batch: int, name: str) -> str:
+    """Peak resident MB of a fresh process that takes two steps; launches and reads of a third."""
     words = ["--size", size, "--batch", str(batch), "--peak-of", name]
     command = [sys.executable, __file__, *words]
     made = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(made.stdout.splitlines()[-1])
+    return made.stdout.splitlines()[-1]
 
 
 def peak_of(size: str, batch: int, name: str) -> None:
-    """Two steps of one rival, and the peak memory of this process in MB on the last line."""
+    """Two steps of one rival; prints the peak of this process in MB, and a third step's counts."""
     step = RIVALS[name](build(size))
     for _ in range(2):
         step(make_crops(size, batch))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with Counting() as counting:
+        step(make_crops(size, batch))
+    print(peak, counting.launches, counting.reads)
 
 
 def main() -> None:
@@ -212,7 +233,8 @@ def main() -> None:
     for size in [chosen.size] if chosen.size else SIZES:
         batch = chosen.batch or SIZES[size][-1]
         times = measure_time(size, batch, chosen.rounds)
-        peaks = {name: measure_memory(size, batch, name) for name in RIVALS}
+        counts = {name: measure_memory(size, batch, name).split() for name in RIVALS}
+        peaks = {name: float(found[0]) for name, found in counts.items()}
         print(f"one step, {size}, batch {batch}, one thread")
         for name in RIVALS:
             same = "original, fp32" if name.endswith("fp32") else "original, bf16 autocast"
@@ -224,6 +246,8 @@ def main() -> None:
                 f"  {name:<26} {statistics.median(times[name]) * 1e3:9.0f} ms  x{pairs[0]:.2f}"
                 f"  same arithmetic x{pairs[1]:.2f}  peak {peaks[name]:6.0f} MB"
                 f"  x{peaks[name] / peaks['original, fp32']:.2f}"
+                f"  launches {counts[name][1]}, reads {counts[name][2]}",
+                flush=True,
             )
 
 

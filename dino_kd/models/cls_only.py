@@ -46,7 +46,7 @@ def fits(net: nn.Module) -> bool:
     if type(block.mlp) not in (Mlp, GluMlp, SwiGLU) or type(block.attn.qkv) is not nn.Linear:
         return False
     passed = [net, net.blocks, net.norm, *block.modules()]
-    return not any(_is_watched(module) or _mixes_rows(module) for module in passed)  # type: ignore[arg-type]
+    return not any(is_watched(module) or _mixes_rows(module) for module in passed)  # type: ignore[arg-type]
 
 
 def class_feature(net: Any, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _has_parts(module: nn.Module, known: set[str]) -> bool:
     return {name for name, _ in module.named_children()} <= known
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Somebody waits for this module's inputs, outputs or gradients."""
     return bool(
         module._forward_hooks

@@ -51,7 +51,9 @@ class DinoTask(nn.Module):
         center_momentum: EMA coefficient of the centre.
         buffers: what the teacher's batch-norm statistics are: "own" batches, or the student's
             averaged ("ema") or copied ("copy"). See `update_teacher`.
-        compiles_loss: fuse the loss with torch.compile.
+
+    Attributes:
+        compiles_loss: fuse the loss with torch.compile; False unless set.
     """
 
     def __init__(
@@ -62,10 +64,9 @@ class DinoTask(nn.Module):
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         buffers: TeacherBuffers = "own",
-        compiles_loss: bool = False,
     ) -> None:
         super().__init__()
-        self.compiles_loss = compiles_loss
+        self.compiles_loss = False
         self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.center = Center(head.num_prototypes, center_momentum)
