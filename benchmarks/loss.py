@@ -54,9 +54,14 @@ def main() -> None:
     """Published sizes; float32 and, as under autocast, bf16 logits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="also measure the compiled region")
-    rivals: dict[str, Loss] = {"pair by pair": pair_by_pair, "dino_cross_entropy": dino_cross_entropy}
+    rivals: dict[str, Loss] = {
+        "pair by pair": pair_by_pair,
+        "dino_cross_entropy": dino_cross_entropy,
+    }
     if parser.parse_args().compile:
-        rivals["dino_cross_entropy, compiled"] = functools.partial(dino_cross_entropy, compiled=True)
+        rivals["dino_cross_entropy, compiled"] = functools.partial(
+            dino_cross_entropy, compiled=True
+        )
     for dtype in (torch.float32, torch.bfloat16):
         for prototypes, batch in ((4096, 64), (65_536, 32)):
             student = torch.randn(10, batch, prototypes, dtype=dtype, requires_grad=True)

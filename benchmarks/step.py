@@ -51,9 +51,7 @@ def build(size: str) -> DinoTask:
     """Student and teacher of one size, from a fixed seed."""
     name, args, pixels, patch, _, prototypes, _ = SIZES[size]
     torch.manual_seed(0)
-    backbone = create_backbone(
-        name, img_size=pixels, patch_size=patch, drop_path=0.1, args=args
-    )
+    backbone = create_backbone(name, img_size=pixels, patch_size=patch, drop_path=0.1, args=args)
     return DinoTask(backbone, DINOHead(backbone.embed_dim, prototypes))
 
 

@@ -225,7 +225,7 @@ class OptimSettings(Settings):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Arithmetic; auto: bf16 where the hardware has it, else fp32."
     )
-    compile: Literal["auto", "on", "off"] = setting(
+    compile: Auto | bool = setting(
         "auto",
         "torch.compile for the loss and a ViT's blocks; auto: on CUDA, where a compiler is found. "
         "The first steps wait for it.",

@@ -15,10 +15,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("wanted", "device", "works", "expected"),
     [
-        ("off", CUDA, True, False),
+        (False, CUDA, True, False),
         ("auto", CPU, True, False),
         ("auto", CUDA, True, True),
-        ("on", CPU, True, True),
+        (True, CPU, True, True),
     ],
 )
 def test_choice(wanted, device, works, expected, monkeypatch):
@@ -36,8 +36,8 @@ def test_auto_without_a_compiler_goes_on_and_says_so(monkeypatch):
 @pytest.mark.parametrize(("device", "needed"), [(CPU, r"g\+\+"), (CUDA, "Triton")])
 def test_on_without_a_compiler_is_an_error(device, needed, monkeypatch):
     monkeypatch.setattr(compilation, "compiler_works", lambda device_type: False)
-    with pytest.raises(ConfigError, match=f"optim.compile: on, but.*{needed}"):
-        choose_compile("on", device)
+    with pytest.raises(ConfigError, match=f"optim.compile: true, but.*{needed}"):
+        choose_compile(True, device)
 
 
 def test_a_compiler_that_fails_is_no_compiler(monkeypatch):

@@ -99,7 +99,9 @@ def test_the_compiled_region_gives_the_same(dtype):
     losses = [dino_cross_entropy(student, targets, 0.1, compiled=c) for c in (False, True)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     eager, fused = [torch.autograd.grad(loss, student)[0] for loss in losses]
-    torch.testing.assert_close(fused, eager, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        fused, eager, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-6
+    )
 
 
 def test_same_view_pairs_are_skipped():

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_kd.models.head import DINOHead

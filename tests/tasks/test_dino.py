@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_kd.data.multicrop import Crops
@@ -43,24 +42,29 @@ def make_crops(batch, num_local=2, seed=0):
     return Crops(images(2, 16), images(num_local, 8))
 
 
-def train(task, batches, accumulate):
+SCHEDULES = {
+    "lr": lambda s: 1e-3,
+    "weight_decay": lambda s: 0.1,
+    "momentum": lambda s: 0.9,
+    "teacher_temp": lambda s: 0.04,
+    "freeze_last_layer": lambda s: float(s == 0),
+}
+
+
+def train(task, batches, accumulate, optimizer="adamw", schedules=SCHEDULES):
+    """Steps of `fit`; returns the losses."""
     groups = parameter_groups(task.student, task.student.head.prototype_parameters())
-    optimizer = make_optimizer("adamw", groups)
+    losses = []
 
     class Quiet:
-        numbers = warn = progress = staticmethod(lambda *a: None)
+        numbers = staticmethod(lambda step, values: losses.append(values["loss"]))
+        warn = progress = staticmethod(lambda *a: None)
 
     fit(
         task,
         iter(batches),
-        optimizer,
-        {
-            "lr": lambda s: 1e-3,
-            "weight_decay": lambda s: 0.1,
-            "momentum": lambda s: 0.9,
-            "teacher_temp": lambda s: 0.04,
-            "freeze_last_layer": lambda s: float(s == 0),
-        },
+        make_optimizer(optimizer, groups),
+        schedules,
         FitOptions(
             len(batches), 64, torch.device("cpu"), accumulate=accumulate, clip_grad=3.0, log_every=1
         ),
@@ -70,6 +74,7 @@ def train(task, batches, accumulate):
         save=lambda p: None,
         stop=StopFlag(),
     )
+    return losses
 
 
 def test_a_batch_of_64_equals_4_micro_batches_of_16():
@@ -83,6 +88,57 @@ def test_a_batch_of_64_equals_4_micro_batches_of_16():
         torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=name)
     for name in ("student.backbone.net.blocks.0.mlp.fc1.weight", "center.center"):
         assert (whole.state_dict()[name] - before[name]).abs().max() > 1e-3
+
+
+def plain_step(task, crops, optimizer, center):
+    """One step as the paper writes it, on the task's networks; returns loss and new centre."""
+    groups = [crops.global_crops, crops.local_crops]
+
+    def outputs(network, groups):
+        features = [
+            network.backbone.net(network.backbone.preprocess(group.flatten(0, 1)))
+            for group in groups
+        ]
+        return network.head(torch.cat(features)).unflatten(0, (-1, crops.global_crops.shape[1]))
+
+    with torch.no_grad():
+        teacher = outputs(task.teacher, groups[:1])
+        targets = torch.softmax((teacher - center) / 0.04, dim=-1)
+        center = 0.9 * center + 0.1 * teacher.flatten(0, 1).mean(0)
+    log_probs = torch.log_softmax(outputs(task.student, groups) / 0.1, dim=-1)
+    terms = [
+        -(targets[u] * log_probs[v]).sum(-1).mean() for u in range(2) for v in range(4) if u != v
+    ]
+    loss = torch.stack(terms).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(task.student.parameters(), 3.0)
+    optimizer.step()
+    with torch.no_grad():
+        for ours, theirs in zip(task.student.parameters(), task.teacher.parameters(), strict=True):
+            theirs.copy_(0.9 * theirs + 0.1 * ours)
+    return loss.item(), center
+
+
+def test_three_steps_equal_a_plain_implementation():
+    """Loss to 1e-5; student, teacher and centre to 1e-5 of their size, in float32 by SGD."""
+    ours, plain = make_task(), make_task()
+    batches = [make_crops(8, seed=s) for s in range(3)]
+    optimizer = torch.optim.SGD(plain.student.parameters(), lr=0.005, momentum=0.9)
+    center, expected = torch.zeros(32), []
+    for crops in batches:
+        loss, center = plain_step(plain, crops, optimizer, center)
+        expected.append(loss)
+    plain.center.center.copy_(center)
+    schedules = {
+        "lr": lambda s: 0.005, "weight_decay": lambda s: 0.0, "momentum": lambda s: 0.9,
+        "teacher_temp": lambda s: 0.04, "freeze_last_layer": lambda s: 0.0,
+    }  # fmt: skip
+    found = train(ours, batches, accumulate=1, optimizer="sgd", schedules=schedules)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, value in plain.state_dict().items():
+        error = (ours.state_dict()[name] - value).norm()
+        assert error <= 1e-5 * value.norm() + 1e-7, name
 
 
 def share(crops, rank):
