@@ -40,6 +40,7 @@ from dino_kd.distributed import (
     world_size,
 )
 from dino_kd.engine.checkpoint import save_checkpoint
+from dino_kd.engine.compilation import choose_compile
 from dino_kd.engine.health import HealthMonitor
 from dino_kd.engine.hooks import BrokenImages, KnnMonitor
 from dino_kd.engine.loop import Hook, Progress, fit
@@ -51,6 +52,8 @@ from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
 from dino_kd.files import write_tensors
 from dino_kd.models.backbone import attention_backend
+from dino_kd.models.checkpointing import checkpoint_activations
+from dino_kd.models.compiled_blocks import compile_blocks
 from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto, warn_about
 from dino_kd.pretrained import backbone_from_settings, head_from_settings, save_backbone
 from dino_kd.rundir import (
@@ -88,6 +91,7 @@ def pretrain(settings: PretrainConfig) -> Path:
     with stop.listening(), process_group(settings.device) as device, ExitStack() as cleanup:
         # Check: nothing is written until all of this has passed.
         precision = choose_precision(settings.optim.precision, device)
+        compiles, about_compiling = choose_compile(settings.optim.compile, device)
         settings = with_absolute_data(settings)
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
@@ -102,8 +106,8 @@ def pretrain(settings: PretrainConfig) -> Path:
             steps=plan.steps(settings.curriculum.length),
             total_steps=plan.total_steps,
         )
-        for network in (task.student, task.teacher):
-            attention_backend(network.backbone, device.type, DTYPES[precision])
+        prepare_networks(task, settings, DTYPES[precision], compiles)
+        notes += [about_compiling] if about_compiling else []
 
         # Open the run directory, new or continued.
         run_dir = Path(settings.run_dir)
@@ -245,6 +249,24 @@ def build_task(settings: PretrainConfig) -> DinoTask:
         center_momentum=settings.teacher.center_momentum,
         buffers=settings.teacher.buffers,
     )
+
+
+def prepare_networks(
+    task: DinoTask, settings: PretrainConfig, dtype: torch.dtype, compiles: bool
+) -> None:
+    """How the networks compute, not what: attention, checkpointing, compilation; in place.
+
+    Raises:
+        ConfigError: the network cannot do what the settings ask for.
+    """
+    if settings.model.checkpoint_activations:
+        checkpoint_activations(task.student.backbone)
+    for network in (task.student, task.teacher):
+        device = next(network.parameters()).device
+        attention_backend(network.backbone, device.type, dtype)
+        if compiles:
+            compile_blocks(network.backbone.net)
+    task.compiles_loss = compiles
 
 
 def restore_run(

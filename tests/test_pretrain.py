@@ -21,6 +21,7 @@ from dino_kd import cli, load_backbone
 from dino_kd.config import load_settings
 from dino_kd.describe import leaves
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
+from dino_kd.engine.compilation import compiler_works
 from dino_kd.errors import EXIT_INTERRUPTED, UserError
 from dino_kd.pretrain import pretrain
 from dino_kd.schema import PretrainConfig, Settings
@@ -194,6 +195,45 @@ def test_other_shapes_of_run_end_well(images, tmp_path, more):
     height, width = backbone.img_size
     with torch.no_grad():
         assert backbone(torch.rand(1, backbone.in_chans, height, width)).isfinite().all()
+
+
+# --- how it is computed
+
+
+def assert_close_runs(run_dir, reference):
+    """The same names, and the same numbers up to rounding."""
+    found, expected = (final_state(d)["task"] for d in (run_dir, reference))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_activation_checkpointing_changes_no_result(images, tmp_path, whole):
+    run = pretrain(settings(images, tmp_path / "run", "model.checkpoint_activations=true"))
+    assert_close_runs(run, whole)
+
+
+def test_compilation_on_demand_needs_a_compiler_before_anything_is_written(
+    images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dino_kd.engine.compilation.compiler_works", lambda device_type: False)
+    with pytest.raises(UserError, match=r"optim\.compile: true, but"):
+        pretrain(settings(images, tmp_path / "run", "optim.compile=on"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run_and_resumes(images, tmp_path, whole, monkeypatch):
+    """Stopped after three steps and continued without compilation, then compared."""
+    if not compiler_works("cpu"):
+        pytest.skip("no compiler here")
+    interrupt_at(3, monkeypatch)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="received SIGTERM"):
+        pretrain(settings(images, run, "optim.compile=on"))
+    monkeypatch.undo()
+    pretrain(settings(images, run, "resume=true", "optim.compile=off"))
+    assert_close_runs(run, whole)
 
 
 # --- resume

@@ -97,7 +97,10 @@ def apply_values(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> 
 
 
 def drop_frozen_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Forget the last layer's gradients: it stays where it is, and AdamW keeps no moments of it."""
+    """Forget the last layer's gradients: it stays where it is, and AdamW keeps no moments of it.
+
+    A head that is told so computes none; data parallelism then leaves zeros.
+    """
     for group in optimizer.param_groups:
         if group["is_last_layer"]:
             for parameter in group["params"]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dino_kd.errors import ConfigError, UserError, unknown_name
 
 # Both make their networks known to timm.
-from dino_kd.models import cifar_resnet, torchvision_networks  # noqa: F401
+from dino_kd.models import cifar_resnet, cls_only, torchvision_networks  # noqa: F401
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -110,9 +110,10 @@ class Backbone(nn.Module):
         """Normalised images ``[N, C, H, W]`` to one feature each ``[N, D]``.
 
         The network's own: the final-norm class token of a ViT (with a distillation token: the mean
-        of both), pooled patches of a ViT trained that way, pooled pre-logits of a CNN.
+        of both), pooled patches of a ViT trained that way, pooled pre-logits of a CNN. Of the last
+        block of a plain ViT only the rows that are read are computed (`cls_only`).
         """
-        return self.net(x)
+        return cls_only.class_feature(self.net, x) if cls_only.fits(self.net) else self.net(x)
 
     def tokens(self, x: Tensor) -> Tokens:
         """Pooled and spatial features of normalised images ``[N, C, H, W]``."""
@@ -140,6 +141,8 @@ class Backbone(nn.Module):
         of the K-th last block after the final norm; without a class token, and for the K-th last
         stage of a CNN, its mean patch. A network of fewer blocks gives its first one.
         """
+        if list(names) == ["output"]:
+            return {"output": self(x)}
         depth = max((int(name[len("block-") :]) for name in names if name.startswith("block-")),
                     default=0)  # fmt: skip
         blocks: list[Tensor] = []

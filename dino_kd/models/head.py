@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,17 +65,41 @@ class DINOHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
         """Features ``[N, D]`` to logits ``[N, K]``.
 
         Lengths are computed in float32 under autocast too; only the products are low precision.
+        `frozen`: `prototype_parameters` get no gradient, and none is computed; a third of the
+        products of this layer.
         """
         z = F.normalize(self.mlp(x).float(), dim=-1, eps=_EPS)  # [N, bottleneck_dim]
+        if frozen:
+            with torch.no_grad():
+                prototypes = self._prototypes()
+            return _Unmoved.apply(F.linear(z, prototypes), *self.prototype_parameters())
+        return F.linear(z, self._prototypes())
+
+    def _prototypes(self) -> Tensor:
         prototypes = F.normalize(self.last_layer.float(), dim=-1, eps=_EPS)  # [K, bottleneck_dim]
-        if self.lengths is not None:
-            prototypes = prototypes * self.lengths[:, None]
-        return F.linear(z, prototypes)
+        return prototypes if self.lengths is None else prototypes * self.lengths[:, None]
 
     def prototype_parameters(self) -> list[nn.Parameter]:
         """What stays fixed while the last layer is frozen."""
         return [self.last_layer] if self.lengths is None else [self.last_layer, self.lengths]
+
+
+class _Unmoved(torch.autograd.Function):
+    """Its first input; the others count as used and get no gradient.
+
+    DistributedDataParallel waits for every parameter of the graph, and would wait forever for one
+    that is not in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.num_parameters = len(parameters)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * ctx.num_parameters

@@ -174,6 +174,12 @@ class ModelSettings(Settings):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.1, "Stochastic depth of the student; the teacher has none."
     )
+    checkpoint_activations: bool = setting(
+        False,
+        "Keep only what goes into each block and compute the rest again in the backward pass: "
+        "less memory, a slower step, the same result.",
+        free=True,
+    )
     args: dict[str, Any] = setting(
         {}, "Further keyword arguments of the timm model, such as depth or embed_dim."
     )
@@ -270,6 +276,12 @@ class OptimSettings(Settings):
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Arithmetic; auto: bf16 where the hardware has it, else fp32."
+    )
+    compile: Auto | bool = setting(
+        "auto",
+        "torch.compile for the loss and a ViT's blocks; auto: on CUDA, where a compiler is found. "
+        "The first steps wait for it.",
+        free=True,
     )
     max_bad_steps: PositiveInt = setting(
         20, "Stop after this many non-finite steps in a row.", unit="steps", free=True

@@ -36,9 +36,9 @@ class Network(nn.Module):
             features.append(self.backbone(images).unflatten(0, crops.shape[:2]))
         return torch.cat(features)
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor, *, frozen: bool = False) -> Tensor:
         """Head outputs ``[S, B, K]`` of features ``[S, B, D]``, all crops in one pass."""
-        return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return self.head(features.flatten(0, 1), frozen=frozen).unflatten(0, features.shape[:2])
 
 
 class DinoTask(nn.Module):
@@ -51,6 +51,9 @@ class DinoTask(nn.Module):
         center_momentum: EMA coefficient of the centre.
         buffers: what the teacher's batch-norm statistics are: "own" batches, or the student's
             averaged ("ema") or copied ("copy"). See `update_teacher`.
+
+    Attributes:
+        compiles_loss: fuse the loss with torch.compile; False unless set.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class DinoTask(nn.Module):
         buffers: TeacherBuffers = "own",
     ) -> None:
         super().__init__()
+        self.compiles_loss = False
         self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.center = Center(head.num_prototypes, center_momentum)
@@ -82,7 +86,10 @@ class DinoTask(nn.Module):
         return self
 
     def forward(self, crops: Crops, values: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch; reads ``values["teacher_temp"]`` and ``["measure"]``."""
+        """The loss of one micro-batch.
+
+        Reads ``values["teacher_temp"]``, ``["freeze_last_layer"]`` and ``["measure"]``.
+        """
         if self.training:
             self._statistics.remember()
         groups = [crops.global_crops]
@@ -96,8 +103,11 @@ class DinoTask(nn.Module):
                 teacher_logits, self.center.center, values["teacher_temp"]
             )  # [G, B, K]
         student_features = self.student.features(groups)  # [S, B, D]
-        student_logits = self.student.logits(student_features)  # [S, B, K]
-        loss = dino_cross_entropy(student_logits, teacher_probs, self.student_temp)
+        frozen = bool(values.get("freeze_last_layer"))
+        student_logits = self.student.logits(student_features, frozen=frozen)  # [S, B, K]
+        loss = dino_cross_entropy(
+            student_logits, teacher_probs, self.student_temp, compiled=self.compiles_loss
+        )
         if not values.get("measure"):
             return loss, {}
         entropy = torch.special.entr(teacher_probs).sum(-1).mean()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dino_kd.engine.compilation import compiler_works
+from dino_kd.losses import dino
 from dino_kd.losses.dino import Center, center_and_sharpen, dino_cross_entropy
 
 
@@ -24,8 +26,11 @@ def brute_force(student, teacher_probs, temp):
     return total / pairs
 
 
+@pytest.mark.parametrize("block", [1, 40, 2**18])
 @pytest.mark.parametrize(("num_global", "num_local"), [(2, 0), (2, 1), (2, 8), (3, 2)])
-def test_loss_and_gradient_equal_the_double_loop(num_global, num_local):
+def test_loss_and_gradient_equal_the_double_loop(num_global, num_local, block, monkeypatch):
+    """In blocks of one row, of two and a rest, and of all rows."""
+    monkeypatch.setattr(dino, "_BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(num_global + num_local, 5, 17, generator=generator).requires_grad_()
     targets = torch.softmax(torch.randn(num_global, 5, 17, generator=generator) * 3, -1)
@@ -35,6 +40,68 @@ def test_loss_and_gradient_equal_the_double_loop(num_global, num_local):
     (gradient,) = torch.autograd.grad(loss, student)
     (expected_gradient,) = torch.autograd.grad(expected, student)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_is_that_of_finite_differences():
+    student = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.softmax(torch.randn(2, 3, 6, dtype=torch.float64), -1)
+    assert torch.autograd.gradcheck(lambda s: dino_cross_entropy(s, targets, 0.7), (student,))
+
+
+def test_gradient_follows_what_comes_after_the_loss():
+    """A scaled loss scales its gradient, and a graph that is kept gives it twice."""
+    student = torch.randn(3, 2, 9, requires_grad=True)
+    targets = torch.softmax(torch.randn(2, 2, 9), -1)
+    loss = dino_cross_entropy(student, targets, 0.1)
+    (plain,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss * 1024, student)
+    torch.testing.assert_close(scaled, plain * 1024)
+
+
+def test_the_forward_pass_keeps_one_gradient_of_the_logits_size():
+    student = torch.randn(10, 4, 256).bfloat16().requires_grad_()
+    targets = torch.softmax(torch.randn(2, 4, 256), -1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        dino_cross_entropy(student, targets, 0.1)
+    assert [(t.shape, t.dtype) for t in kept] == [(student.shape, torch.bfloat16)]
+
+
+def test_autocast_changes_neither_loss_nor_gradient():
+    student = torch.randn(4, 3, 64).bfloat16().requires_grad_()
+    targets = torch.softmax(torch.randn(2, 3, 64), -1)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = dino_cross_entropy(student, targets, 0.1)
+            results.append((loss, *torch.autograd.grad(loss, student)))
+    assert results[0][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_half_precision_gradients_do_not_drown_at_many_prototypes():
+    """fp16 with a loss scale of 2^16, K = 65536: relative error of the gradient below 1 %."""
+    student = torch.randn(3, 2, 65_536).half().requires_grad_()
+    targets = torch.softmax(torch.randn(2, 2, 65_536), -1)
+    (found,) = torch.autograd.grad(dino_cross_entropy(student, targets, 1.0) * 65_536, student)
+    exact = student.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(brute_force(exact, targets, 1.0) * 65_536, exact)
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_region_gives_the_same(dtype):
+    if not compiler_works("cpu"):
+        pytest.skip("no compiler here")
+    student = torch.randn(6, 5, 300).to(dtype).requires_grad_()
+    targets = torch.softmax(torch.randn(2, 5, 300), -1)
+    losses = [dino_cross_entropy(student, targets, 0.1, compiled=c) for c in (False, True)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    eager, fused = [torch.autograd.grad(loss, student)[0] for loss in losses]
+    torch.testing.assert_close(
+        fused, eager, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-6
+    )
 
 
 def test_same_view_pairs_are_skipped():

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dino_kd.models.head import DINOHead
 
@@ -100,3 +101,22 @@ def test_a_zero_feature_gives_finite_gradients():
         torch.nn.init.zeros_(p)
     head(torch.zeros(2, 6)).sum().backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("unit_prototypes", [True, False])
+def test_a_frozen_last_layer_costs_no_gradient_and_changes_no_other(unit_prototypes):
+    """Logits and the gradients of everything before it; the product for its own is not done."""
+    torch.manual_seed(0)
+    head = DINOHead(6, 11, hidden_dim=5, bottleneck_dim=4, unit_prototypes=unit_prototypes)
+    x, weights = torch.randn(7, 6), torch.randn(7, 11)
+    made, products = {}, {}
+    for frozen in (False, True):
+        head.zero_grad(set_to_none=True)
+        with FlopCounterMode(display=False) as counted:
+            logits = head(x, frozen=frozen)
+            (logits * weights).sum().backward()
+        products[frozen] = counted.get_total_flops()
+        made[frozen] = [logits.detach()] + [p.grad.clone() for p in head.mlp.parameters()]
+    assert all(p.grad is None for p in head.prototype_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(made[True], made[False], strict=True))
+    assert products[False] - products[True] == 2 * 7 * 11 * 4

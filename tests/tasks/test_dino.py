@@ -6,14 +6,17 @@ import copy
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from dino_kd.data.multicrop import Crops
+from dino_kd.distributed import process_group
 from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.signals import StopFlag
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.tasks.dino import DinoTask
+from tests.two_ranks import on_two_ranks
 
 VALUES = {"teacher_temp": 0.04, "momentum": 0.9, "measure": 1.0}
 
@@ -39,24 +42,29 @@ def make_crops(batch, num_local=2, seed=0):
     return Crops(images(2, 16), images(num_local, 8))
 
 
-def train(task, batches, accumulate):
+SCHEDULES = {
+    "lr": lambda s: 1e-3,
+    "weight_decay": lambda s: 0.1,
+    "momentum": lambda s: 0.9,
+    "teacher_temp": lambda s: 0.04,
+    "freeze_last_layer": lambda s: float(s == 0),
+}
+
+
+def train(task, batches, accumulate, optimizer="adamw", schedules=SCHEDULES):
+    """Steps of `fit`; returns the losses."""
     groups = parameter_groups(task.student, task.student.head.prototype_parameters())
-    optimizer = make_optimizer("adamw", groups)
+    losses = []
 
     class Quiet:
-        numbers = warn = progress = staticmethod(lambda *a: None)
+        numbers = staticmethod(lambda step, values: losses.append(values["loss"]))
+        warn = progress = staticmethod(lambda *a: None)
 
     fit(
         task,
         iter(batches),
-        optimizer,
-        {
-            "lr": lambda s: 1e-3,
-            "weight_decay": lambda s: 0.1,
-            "momentum": lambda s: 0.9,
-            "teacher_temp": lambda s: 0.04,
-            "freeze_last_layer": lambda s: float(s == 0),
-        },
+        make_optimizer(optimizer, groups),
+        schedules,
         FitOptions(
             len(batches), 64, torch.device("cpu"), accumulate=accumulate, clip_grad=3.0, log_every=1
         ),
@@ -66,6 +74,7 @@ def train(task, batches, accumulate):
         save=lambda p: None,
         stop=StopFlag(),
     )
+    return losses
 
 
 def test_a_batch_of_64_equals_4_micro_batches_of_16():
@@ -79,6 +88,104 @@ def test_a_batch_of_64_equals_4_micro_batches_of_16():
         torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=name)
     for name in ("student.backbone.net.blocks.0.mlp.fc1.weight", "center.center"):
         assert (whole.state_dict()[name] - before[name]).abs().max() > 1e-3
+
+
+def plain_step(task, crops, optimizer, center):
+    """One step as the paper writes it, on the task's networks; returns loss and new centre."""
+    groups = [crops.global_crops, crops.local_crops]
+
+    def outputs(network, groups):
+        features = [
+            network.backbone.net(network.backbone.preprocess(group.flatten(0, 1)))
+            for group in groups
+        ]
+        return network.head(torch.cat(features)).unflatten(0, (-1, crops.global_crops.shape[1]))
+
+    with torch.no_grad():
+        teacher = outputs(task.teacher, groups[:1])
+        targets = torch.softmax((teacher - center) / 0.04, dim=-1)
+        center = 0.9 * center + 0.1 * teacher.flatten(0, 1).mean(0)
+    log_probs = torch.log_softmax(outputs(task.student, groups) / 0.1, dim=-1)
+    terms = [
+        -(targets[u] * log_probs[v]).sum(-1).mean() for u in range(2) for v in range(4) if u != v
+    ]
+    loss = torch.stack(terms).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(task.student.parameters(), 3.0)
+    optimizer.step()
+    with torch.no_grad():
+        for ours, theirs in zip(task.student.parameters(), task.teacher.parameters(), strict=True):
+            theirs.copy_(0.9 * theirs + 0.1 * ours)
+    return loss.item(), center
+
+
+def test_three_steps_equal_a_plain_implementation():
+    """Loss to 1e-5; student, teacher and centre to 1e-5 of their size, in float32 by SGD."""
+    ours, plain = make_task(), make_task()
+    batches = [make_crops(8, seed=s) for s in range(3)]
+    optimizer = torch.optim.SGD(plain.student.parameters(), lr=0.005, momentum=0.9)
+    center, expected = torch.zeros(32), []
+    for crops in batches:
+        loss, center = plain_step(plain, crops, optimizer, center)
+        expected.append(loss)
+    plain.center.center.copy_(center)
+    schedules = {
+        "lr": lambda s: 0.005, "weight_decay": lambda s: 0.0, "momentum": lambda s: 0.9,
+        "teacher_temp": lambda s: 0.04, "freeze_last_layer": lambda s: 0.0,
+    }  # fmt: skip
+    found = train(ours, batches, accumulate=1, optimizer="sgd", schedules=schedules)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, value in plain.state_dict().items():
+        error = (ours.state_dict()[name] - value).norm()
+        assert error <= 1e-5 * value.norm() + 1e-7, name
+
+
+def share(crops, rank):
+    half = slice(rank * 4, rank * 4 + 4)
+    return Crops(crops.global_crops[:, half], crops.local_crops[:, half])
+
+
+def gradients(task, crops, values, **options):
+    """Of the student, and of the mean over processes where there are `options` for DDP."""
+    shared = DistributedDataParallel(task, **options) if options else task
+    shared(crops, values)[0].backward()
+    return {name: parameter.grad for name, parameter in task.student.named_parameters()}
+
+
+def check_frozen_step(rank):
+    """A frozen and a free step under DDP, with and without its search for unused parameters."""
+    crops = make_crops(8)
+    cases = [VALUES | {"freeze_last_layer": 1.0}, VALUES]
+    alone = [gradients(make_task(), crops, values) for values in cases]
+    with process_group("cpu"):
+        for search in (False, True):
+            for values, expected in zip(cases, alone, strict=True):
+                part = share(crops, rank)
+                found = gradients(make_task(), part, values, find_unused_parameters=search)
+                if expected["head.last_layer"] is None:  # nothing, or zeros that the loop drops
+                    unmoved = found.pop("head.last_layer")
+                    assert unmoved is None or not unmoved.any()
+                for name, gradient in found.items():
+                    torch.testing.assert_close(
+                        gradient, expected[name], rtol=1e-4, atol=1e-7, msg=name
+                    )
+
+
+@pytest.mark.dist
+def test_a_frozen_last_layer_in_two_processes_equals_one():
+    on_two_ranks(check_frozen_step)
+
+
+def test_a_frozen_last_layer_stays_and_everything_else_learns_the_same():
+    """Against a step that computes its gradient and forgets it."""
+    frozen, dropped = make_task(), make_task()
+    crops = make_crops(4)
+    frozen(crops, VALUES | {"freeze_last_layer": 1.0})[0].backward()
+    dropped(crops, VALUES)[0].backward()
+    for name, parameter in dropped.student.named_parameters():
+        found = frozen.student.get_parameter(name).grad
+        assert found is None if name == "head.last_layer" else torch.equal(found, parameter.grad)
 
 
 def test_teacher_and_center_move_by_their_momentum():
