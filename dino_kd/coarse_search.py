@@ -83,12 +83,13 @@ def _candidates(
     bound = torch.zeros(len(queries), device=queries.device)  # [Q], the largest of all chunks
     # Two buffers for all chunks: fresh memory costs a page fault for each 4 KiB of it.
     width = -(-min(bank_chunk, len(bank)) // _GROUP) * _GROUP
-    store = torch.zeros(width, bank.shape[1], dtype=torch.bfloat16, device=queries.device)
+    store = torch.empty(width, bank.shape[1], dtype=torch.bfloat16, device=queries.device)
     buffer = store.new_empty(min(query_chunk, len(queries)) * width)
     for start in range(0, len(bank), bank_chunk):
         m = min(bank_chunk, len(bank) - start)
         rows = store[: -(-m // _GROUP) * _GROUP]  # [m and up to 7 more, D]
         length, error = _round_rows(bank[start : start + m], centre, out=rows)
+        rows[m:] = 0
         for first in range(0, len(queries), query_chunk):
             part = slice(first, first + query_chunk)
             query = _normal(queries[part])  # [q, D]

@@ -65,7 +65,7 @@ def search(
     if not coarse or candidates_for(k) > len(bank):
         return _search_in_float32(queries, bank, k, **chunks)
     pilot = queries[:_PILOT]
-    if len(queries) >= 16 * _PILOT and not _is_mostly_certain(pilot, bank, k, chunks):
+    if len(queries) >= 32 * _PILOT and not _is_mostly_certain(pilot, bank, k, chunks):
         return _search_in_float32(queries, bank, k, **chunks)
     similarity, index, is_certain = search_coarsely(queries, bank, k, **chunks)
     unsure = (~is_certain).nonzero()[:, 0]
