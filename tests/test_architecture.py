@@ -53,6 +53,7 @@ LAYERS = {
     "dino_kd.pretrain": 6,
     "dino_kd.distill": 6,
     "dino_kd.demo": 6,
+    "dino_kd.bench": 6,
     "eval": 7,
     "launch": 7,
     "dino_kd.cli": 8,
@@ -61,6 +62,8 @@ LAYERS = {
 SIDEWAYS = {
     # the demo is the pretraining story told with an example
     ("dino_kd.demo", "dino_kd.pretrain"),
+    # what is measured is that story
+    ("dino_kd.bench", "dino_kd.pretrain"),
     # what is kept is what was extracted
     ("dino_kd.feature_cache", "dino_kd.features"),
 }
