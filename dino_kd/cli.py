@@ -32,6 +32,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("dino_kd.demo", "pretrain on generated images and show what was learned"),
     "pretrain": Command("dino_kd.pretrain", "learn a backbone from a folder of images"),
+    "bench": Command("dino_kd.bench", "measure how fast a pretraining runs here, and why"),
     "distill": Command("dino_kd.distill.command", "teach a small network what a backbone knows"),
     "evaluate": Command("eval.suite", "all standard scores of a backbone in one table"),
     "knn": Command("eval.knn", "score a backbone by its nearest neighbours"),

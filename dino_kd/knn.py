@@ -1,6 +1,7 @@
 """Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, DINO's protocol).
 
 One exact search serves every k, and memory stays bounded whatever the number of images or classes.
+Where bf16 products are native they choose candidates first (`dino_kd.coarse_search`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dino_kd.coarse_search import candidates_for, order_ties, search_coarsely
+from dino_kd.hardware import has_bf16
+
 TOP = 5  # ranked classes that are kept; top-5 means the first five of them
 
 Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+_WORTH_TWO_PASSES = 2**22  # similarities; with fewer of them one pass in float32 is as fast
+_PILOT = 64  # queries that tell whether two passes are worth it
+
+
 @torch.no_grad()
 def search(
-    queries: Tensor, bank: Tensor, k: int, *, query_chunk: int = 256, bank_chunk: int = 65536
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    query_chunk: int = 256,
+    bank_chunk: int = 65536,
+    coarse: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of every query: exact, by cosine, in float32.
 
-    Working memory is about ``8 * query_chunk * bank_chunk`` bytes plus one normalised bank chunk.
+    With `coarse` bf16 products choose candidates and float32 decides among them; queries for
+    which a bound on the rounding does not prove that nothing was missed are searched again in
+    float32. Both ways find the same neighbours, up to pairs whose similarities differ by less than
+    float32 resolves (about 1e-7).
+
+    Working memory is about ``8 * query_chunk * bank_chunk`` bytes plus one normalised bank chunk;
+    with `coarse` half of that, plus one and a half bank chunks.
     Among equal similarities the lower index comes first, at place k too; rows that are copies of
     each other count as equal as far as the matrix product rounds them alike.
 
@@ -32,11 +52,37 @@ def search(
         k: neighbours, at most M.
         query_chunk: queries compared at once.
         bank_chunk: bank rows compared at once.
+        coarse: whether to begin in bf16; None: where that is native and the search is large.
 
     Returns:
         similarity ``[Q, k]`` float32 in -1..1, descending, and index ``[Q, k]`` int64.
     """
     assert 1 <= k <= len(bank), "callers clamp k to the size of the bank"
+    chunks = {"query_chunk": query_chunk, "bank_chunk": bank_chunk}
+    if coarse is None:
+        is_large = len(queries) * len(bank) >= _WORTH_TWO_PASSES and 4 * k <= len(bank)
+        coarse = is_large and has_bf16(queries.device)
+    if not coarse or candidates_for(k) > len(bank):
+        return _search_in_float32(queries, bank, k, **chunks)
+    pilot = queries[:_PILOT]
+    if len(queries) >= 32 * _PILOT and not _is_mostly_certain(pilot, bank, k, chunks):
+        return _search_in_float32(queries, bank, k, **chunks)
+    similarity, index, is_certain = search_coarsely(queries, bank, k, **chunks)
+    unsure = (~is_certain).nonzero()[:, 0]
+    if len(unsure):
+        similarity[unsure], index[unsure] = _search_in_float32(queries[unsure], bank, k, **chunks)
+    return similarity, index
+
+
+def _is_mostly_certain(queries: Tensor, bank: Tensor, k: int, chunks: dict[str, int]) -> bool:
+    """False where features are too alike for bf16, as those of a collapsed network."""
+    return search_coarsely(queries, bank, k, **chunks)[2].float().mean().item() >= 0.5
+
+
+def _search_in_float32(
+    queries: Tensor, bank: Tensor, k: int, *, query_chunk: int, bank_chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`search` by one matrix product; its arguments and answers."""
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)  # [Q, k]
     index = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)  # [Q, k]
     # One buffer for every product: fresh memory costs a page fault for each 4 KiB of it.
@@ -72,15 +118,6 @@ def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if equal.any():
         top[equal], place[equal] = order_ties(top[equal], place[equal])
     return top, place
-
-
-def order_ties(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort neighbours ``[Q, k]`` by descending similarity, then ascending index."""
-    index, order = index.sort(dim=-1)
-    similarity, by_similarity = similarity.gather(1, order).sort(
-        dim=-1, descending=True, stable=True
-    )
-    return similarity, index.gather(1, by_similarity)
 
 
 @torch.no_grad()

@@ -357,6 +357,7 @@ def knn_monitor(
         every=plan.monitor_every,
         total_steps=plan.total_steps,
         k=settings.monitor.k,
+        logreg_c=settings.monitor.logreg_c,
         max_images=settings.monitor.max_images,
         say=log.say,
     )

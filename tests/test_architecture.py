@@ -27,7 +27,9 @@ LAYERS = {
     "dino_kd.runlog": 0,
     "dino_kd.distributed": 0,
     "dino_kd.cache_entries": 0,
+    "dino_kd.hardware": 0,
     "dino_kd.classifiers": 1,
+    "dino_kd.coarse_search": 1,
     "dino_kd.losses": 1,
     "dino_kd.models": 1,
     "dino_kd.data": 1,
@@ -52,6 +54,7 @@ LAYERS = {
     "dino_kd.pretrain": 6,
     "dino_kd.distill": 6,
     "dino_kd.demo": 6,
+    "dino_kd.bench": 6,
     "eval": 7,
     "launch": 7,
     "dino_kd.cli": 8,
@@ -60,6 +63,8 @@ LAYERS = {
 SIDEWAYS = {
     # the demo is the pretraining story told with an example
     ("dino_kd.demo", "dino_kd.pretrain"),
+    # what is measured is that story
+    ("dino_kd.bench", "dino_kd.pretrain"),
     # what is kept is what was extracted
     ("dino_kd.feature_cache", "dino_kd.features"),
 }

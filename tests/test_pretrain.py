@@ -24,7 +24,7 @@ from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint
 from dino_kd.engine.compilation import compiler_works
 from dino_kd.errors import EXIT_INTERRUPTED, UserError
 from dino_kd.pretrain import pretrain
-from dino_kd.schema import PretrainConfig, Settings
+from dino_kd.schema import LogregConfig, PretrainConfig, Settings
 from tests.tiny import TINY, read_metrics, without_times, write_images
 
 
@@ -144,11 +144,29 @@ def test_the_monitor_scores_a_separable_set_and_lands_in_the_same_row(images, tm
     assert len(rows) == 8
 
 
+def test_the_monitors_regression_equals_the_evaluator(images, tmp_path):
+    """Its last score against `dino-kd logreg` on the finished run, and k-NN stays as it was."""
+    from eval.logreg import score
+
+    words = [f"monitor.train={images}", f"monitor.test={images}", "monitor.every=4"]
+    plain = pretrain(settings(images, tmp_path / "plain", *words))
+    run = pretrain(settings(images, tmp_path / "run", *words, "monitor.logreg_c=0.01"))
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows if "logreg_top1" in row] == [4, 8]
+    assert [row.get("knn_top1") for row in rows] == [
+        row.get("knn_top1") for row in read_metrics(plain)
+    ]
+    argv = [f"backbone={run}", f"train={images}", f"test={images}", "c=0.01", "cache=off"]
+    result = score(load_settings(LogregConfig, argv, command="logreg"), torch.device("cpu"))
+    assert rows[-1]["logreg_top1"] == pytest.approx(result["metrics"]["logreg_top1"])
+    assert "logistic regression" in (run / "train.log").read_text()
+
+
 def test_the_monitor_changes_nothing_else(images, tmp_path, whole):
     run = pretrain(
         settings(
             images, tmp_path / "run", f"monitor.train={images}", f"monitor.test={images}",
-            "monitor.every=2",
+            "monitor.every=2", "monitor.logreg_c=0.01",
         )
     )  # fmt: skip
     assert_same(final_state(run)["task"], final_state(whole)["task"])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dino_kd.classifiers import accuracy, learn_scaling
 from dino_kd.data.dataset import ImageDataset, labels_as
 from dino_kd.data.images import BrokenImage
 from dino_kd.distributed import all_gather_objects, broadcast
@@ -21,11 +22,15 @@ from dino_kd.engine.schedules import is_time
 from dino_kd.engine.signals import StopFlag
 from dino_kd.features import FeatureBank
 from dino_kd.knn import knn_accuracy
+from dino_kd.logistic import fit_logistic
 from dino_kd.models.backbone import Backbone
 
 
 class KnnMonitor:
     """Scores a backbone by weighted k-NN every so many steps, with `eval.knn`'s own functions.
+
+    On request also by the logistic regression of `eval.logreg`, on the same features: what a
+    linear classifier reads from them, for a few seconds a score.
 
     Args:
         backbone: the network to score, usually the teacher's.
@@ -34,6 +39,7 @@ class KnnMonitor:
         every: steps between scores; the last step is always scored.
         total_steps: length of the run.
         k: neighbours.
+        logreg_c: inverse penalty of the regression, on standardised features; None: without it.
         max_images: at most this many images of each set are used, evenly spaced.
         say: receives one sentence per score.
     """
@@ -48,6 +54,7 @@ class KnnMonitor:
         every: int,
         total_steps: int,
         k: int,
+        logreg_c: float | None = None,
         max_images: int,
         say: Callable[[str], None],
     ) -> None:
@@ -57,29 +64,36 @@ class KnnMonitor:
         self.query_labels = torch.from_numpy(labels_as(queries, bank.class_names, "monitor.test"))
         self.backbone, self.bank, self.queries, self.extract = backbone, bank, queries, extract
         self.every, self.total_steps, self.k, self.max_images = every, total_steps, k, max_images
-        self.say = say
+        self.logreg_c, self.say = logreg_c, say
 
     def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
         if not is_time(done, self.every, self.total_steps):
             return {}
-        top1 = self.score()
-        self.say(f"step {done}: k-NN (k={self.k}) {top1:.2f} %")
-        return {"knn_top1": top1}
+        scores = self.score()
+        words = [f"k-NN (k={self.k}) {scores['knn_top1']:.2f} %"]
+        if "logreg_top1" in scores:
+            words.append(f"logistic regression {scores['logreg_top1']:.2f} %")
+        self.say(f"step {done}: {', '.join(words)}")
+        return scores
 
-    def score(self) -> float:
-        """Top-1 in percent."""
+    def score(self) -> dict[str, float]:
+        """Top-1 in percent, ``knn_top1`` and where it is asked for ``logreg_top1``."""
         bank, queries = (
             self.extract(self.backbone, data, indices=evenly_spaced(len(data), self.max_images))
             for data in (self.bank, self.queries)
         )
-        result = knn_accuracy(
-            queries.features,
-            self.query_labels[queries.indices],
-            bank.features,
-            self.bank_labels[bank.indices],
-            ks=[self.k],
-        )
-        return result[self.k]["top1"]
+        labels, truth = self.bank_labels[bank.indices], self.query_labels[queries.indices]
+        result = knn_accuracy(queries.features, truth, bank.features, labels, ks=[self.k])
+        scores = {"knn_top1": result[self.k]["top1"]}
+        if self.logreg_c is not None:
+            scaling = learn_scaling("standard", bank.features)
+            num_classes = len(self.bank.class_names or ())
+            (model,) = fit_logistic(
+                scaling.apply(bank.features), labels, num_classes, [self.logreg_c]
+            )
+            found = accuracy(model.logits(scaling.apply(queries.features)), truth)
+            scores["logreg_top1"] = found["top1"]
+        return scores
 
 
 class BrokenImages:

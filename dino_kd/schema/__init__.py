@@ -8,6 +8,7 @@ Lengths (`Length`) are steps (`500`), epochs (`"10ep"`) or a share of the run (`
 from __future__ import annotations
 
 from dino_kd.schema.base import InWords, RunSettings, Settings
+from dino_kd.schema.bench import BenchConfig, MeasureSettings
 from dino_kd.schema.distill import (
     TERM_PRESETS,
     DistillConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "TERM_PRESETS",
     "AugmentSettings",
     "BackboneSettings",
+    "BenchConfig",
     "BenchmarkSettings",
     "CopydetectConfig",
     "CropSettings",
@@ -84,6 +86,7 @@ __all__ = [
     "LinearConfig",
     "LogSettings",
     "LogregConfig",
+    "MeasureSettings",
     "ModelSettings",
     "MonitorSettings",
     "OptimSettings",
@@ -108,6 +111,7 @@ __all__ = [
 
 COMMANDS: dict[str, type[Settings]] = {
     "pretrain": PretrainConfig,
+    "bench": BenchConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "knn": KnnConfig,

@@ -321,6 +321,12 @@ class MonitorSettings(Settings):
     )
     every: Interval = setting("10%", "How often.", unit="steps, 'ep' or '%'", free=True)
     k: PositiveInt = setting(20, "Neighbours.", free=True)
+    logreg_c: PositiveFloat | None = setting(
+        None,
+        "Also score logistic regression with this c on the same features, as `dino-kd logreg c=C` "
+        "does (such as 0.01); none: without it.",
+        free=True,
+    )
     max_images: PositiveInt = setting(
         10_000, "Use at most this many images of each set, evenly spaced.", unit="images", free=True
     )

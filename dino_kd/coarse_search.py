@@ -1,0 +1,191 @@
+"""Nearest neighbours in two passes: bf16 products choose candidates, float32 decides among them.
+
+The first pass carries a bound of its own error, so that every query knows whether its answer is
+certain; `dino_kd.knn.search` repeats the others in float32. A query is certain when its k-th
+neighbour is more similar than anything that was left out can be:
+
+    similarity(k-th)  >  largest coarse similarity left out + bound
+
+The bound is Cauchy-Schwarz on the rounding that was really done, not on the worst possible one:
+for a query q and a bank row b, rounded to q' and b',
+
+    |q.b - q'.b'|  <=  |q - q'| |b| + |q'| |b - b'|  +  rounding of sums and results
+
+Rows are rounded less a common vector, their mean: that moves all similarities of a query by the
+same amount, and what is left is shorter (features of real images all point one way), so that the
+same bits resolve it more finely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_GROUP = 8  # columns whose maximum stands for them in the first choice
+_ROUNDED = 1024  # bank rows rounded at once
+_RESCORED = 2**20  # numbers of candidate rows held at once; they should stay in the cache
+_SAMPLE = 4096  # rows that the common vector is the mean of
+_SINGLE_SUM = 2.0**-23  # of a float32 sum, per term: twice its unit roundoff
+
+
+def candidates_for(k: int) -> int:
+    """How many candidates k neighbours are chosen from.
+
+    What is left out must be further away than the bound, which takes more rows where they lie
+    dense. Measured at k = 200: 98 % of the queries are certain with 56 more (features of a small
+    network on CIFAR-10) or 42 % (50,000 random vectors, 384 dimensions), all with 128 more.
+    """
+    return k + max(56, 5 * k // 8)
+
+
+@torch.no_grad()
+def search_coarsely(
+    queries: Tensor, bank: Tensor, k: int, *, query_chunk: int = 256, bank_chunk: int = 65536
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most similar bank rows of every query, and which queries are certain of theirs.
+
+    Arguments as `dino_kd.knn.search`; `candidates_for(k)` must not exceed the bank.
+
+    Returns:
+        similarity ``[Q, k]`` float32 descending and index ``[Q, k]`` int64, among equals the lower
+        index first; bool ``[Q]``, whether these are the k nearest beyond doubt.
+    """
+    # Any vector would do; the mean of a sample leaves short rows.
+    centre = _normal(bank[:: -(-len(bank) // _SAMPLE)]).mean(0)  # [D]
+    candidates, left_out = _candidates(
+        queries, bank, centre, candidates_for(k), query_chunk=query_chunk, bank_chunk=bank_chunk
+    )
+    similarity, index = rescore(queries, bank, candidates)  # [Q, c]
+    centred = similarity[:, k - 1] - _normal(queries) @ centre  # [Q]
+    return similarity[:, :k], index[:, :k], centred > left_out
+
+
+def _candidates(
+    queries: Tensor,
+    bank: Tensor,
+    centre: Tensor,
+    count: int,
+    *,
+    query_chunk: int,
+    bank_chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """The `count` rows of every query with the largest bf16 products; what the rest cannot exceed.
+
+    Returns int64 ``[Q, count]`` in no order, and float32 ``[Q]``: the largest product that a query
+    can truly have with a row that is not among them, rows taken less `centre`.
+    """
+    best = torch.full((len(queries), count), -torch.inf, device=queries.device)  # [Q, count]
+    index = torch.zeros(len(queries), count, dtype=torch.int64, device=queries.device)
+    bound = torch.zeros(len(queries), device=queries.device)  # [Q], the largest of all chunks
+    # Two buffers for all chunks: fresh memory costs a page fault for each 4 KiB of it.
+    width = -(-min(bank_chunk, len(bank)) // _GROUP) * _GROUP
+    store = torch.empty(width, bank.shape[1], dtype=torch.bfloat16, device=queries.device)
+    buffer = store.new_empty(min(query_chunk, len(queries)) * width)
+    for start in range(0, len(bank), bank_chunk):
+        m = min(bank_chunk, len(bank) - start)
+        rows = store[: -(-m // _GROUP) * _GROUP]  # [m and up to 7 more, D]
+        length, error = _round_rows(bank[start : start + m], centre, out=rows)
+        rows[m:] = 0
+        for first in range(0, len(queries), query_chunk):
+            part = slice(first, first + query_chunk)
+            query = _normal(queries[part])  # [q, D]
+            rounded = query.bfloat16()
+            product = buffer[: len(query) * len(rows)].view(len(query), len(rows))
+            with _whole_sums(product.device):
+                torch.mm(rounded, rows.T, out=product)
+            product[:, m:] = -torch.inf
+            near, place = _largest(product, min(count, m))  # [q, up to count]
+            both = torch.cat([best[part], near.float()], dim=1)
+            best[part], order = both.topk(count, dim=1, sorted=False)
+            index[part] = torch.cat([index[part], place + start], dim=1).gather(1, order)
+            here = query.sub_(rounded).norm(dim=1) * length + rounded.float().norm(dim=1) * error
+            bound[part] = torch.maximum(bound[part], here)
+    # Whatever was dropped, in whichever chunk, had a product of at most the least that is left.
+    # That one was rounded to bf16 once more, by at most 2^-8 of it.
+    least = best.amin(1)
+    return index, least + least.abs() * 2.0**-8 + bound + 2 * bank.shape[1] * _SINGLE_SUM
+
+
+def _round_rows(bank: Tensor, centre: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise rows and round them, less `centre`, to `out`; the largest |b| and |b - b'|."""
+    longest, furthest = centre.new_zeros(()), centre.new_zeros(())
+    for start in range(0, len(bank), _ROUNDED):  # few enough to stay in the cache
+        exact = _normal(bank[start : start + _ROUNDED]).sub_(centre)
+        rounded = out[start : start + len(exact)].copy_(exact)
+        longest = torch.maximum(longest, exact.norm(dim=1).max())
+        furthest = torch.maximum(furthest, exact.sub_(rounded).norm(dim=1).max())
+    return longest, furthest
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(count)` without order: first of groups by their maxima, then in the best.
+
+    The `count` largest lie in at most as many groups, those with the largest maxima. Column j
+    belongs to group j modulo the number of groups: maxima are then taken of whole rows.
+    """
+    groups = values.shape[1] // _GROUP
+    if groups < 2 * count:
+        return values.topk(count, dim=1, sorted=False)
+    table = values.view(len(values), _GROUP, groups)
+    group = table.amax(1).topk(count, dim=1, sorted=False).indices  # [q, c]
+    within = table.gather(2, group[:, None].expand(-1, _GROUP, -1)).flatten(1)  # [q, 8 c]
+    near, place = within.topk(count, dim=1, sorted=False)
+    return near, (place // count) * groups + group.gather(1, place % count)
+
+
+def rescore(queries: Tensor, bank: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines in float32 of the bank rows ``[Q, c]``: descending, among equals by index.
+
+    Product and sum, not a matrix product: copies of a row get the same similarity to the last bit
+    wherever they stand.
+    """
+    similarity = torch.empty(index.shape, device=queries.device)
+    lengths = torch.linalg.vector_norm(bank, dim=1, dtype=torch.float32)  # [M]
+    size = max(1, _RESCORED // (index.shape[1] * bank.shape[1]))
+    # One buffer here too: fresh memory took four times as long as the copying.
+    buffer = bank.new_empty(min(size, len(queries)) * index.shape[1], bank.shape[1])
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        wanted = index[part].flatten()
+        rows = torch.index_select(bank, 0, wanted, out=buffer[: len(wanted)])
+        rows = rows.view(-1, *index.shape[1:], bank.shape[1]).float()  # [q, c, D]
+        torch.sum(rows.mul_(_normal(queries[part])[:, None]), dim=-1, out=similarity[part])
+    similarity /= lengths[index].clamp_min_(1e-12)  # as F.normalize
+    similarity, order = similarity.sort(dim=1, descending=True)
+    index = index.gather(1, order)
+    equal = (similarity[:, 1:] == similarity[:, :-1]).any(dim=1)  # rare without copies
+    if equal.any():
+        similarity[equal], index[equal] = order_ties(similarity[equal], index[equal])
+    return similarity, index
+
+
+def order_ties(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort neighbours ``[Q, k]`` by descending similarity, then ascending index."""
+    index, order = index.sort(dim=-1)
+    similarity, by_similarity = similarity.gather(1, order).sort(
+        dim=-1, descending=True, stable=True
+    )
+    return similarity, index.gather(1, by_similarity)
+
+
+def _normal(rows: Tensor) -> Tensor:
+    return F.normalize(rows.float(), dim=-1)
+
+
+@contextmanager
+def _whole_sums(device: torch.device) -> Iterator[None]:
+    """On CUDA bf16 products may add partial sums in bf16, which the bound does not cover."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before

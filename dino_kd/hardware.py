@@ -1,0 +1,23 @@
+"""What the hardware multiplies natively: asked by whoever chooses between fp32 and bf16."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are native there, and so faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 dot products (AVX512-BF16 or AMX); read from /proc/cpuinfo."""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
