@@ -120,7 +120,7 @@ def is_sharded_tensor(value: object) -> bool:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's slice of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def broadcast(value: T) -> T:

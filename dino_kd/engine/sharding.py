@@ -21,7 +21,7 @@ from dino_kd.models.backbone import Backbone
 T = TypeVar("T")
 
 
-def check_sharding(precision: str) -> None:
+def check_sharding(precision: str, device: torch.device) -> None:
     """Raise ConfigError where this job cannot share a network out, before anything is built."""
     if world_size() == 1:
         raise ConfigError(
@@ -34,13 +34,14 @@ def check_sharding(precision: str) -> None:
             "optim.shard: with optim.precision=fp16 the processes would not agree on the scale of "
             "the loss; use bf16 or fp32, or optim.shard=false"
         )
-    try:
-        from torch.distributed.fsdp import fully_shard  # noqa: F401
-    except ImportError:
+    needed = "" if _has_fsdp2() else "needs PyTorch 2.6"
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        needed = needed or "on CPUs needs PyTorch 2.7"
+    if needed:
         raise ConfigError(
-            f"optim.shard: needs PyTorch 2.6 or newer, this is {torch.__version__}; update it, or "
-            "set optim.shard=false"
-        ) from None
+            f"optim.shard: {needed} or newer, this is {torch.__version__}; update it, or set "
+            "optim.shard=false"
+        )
 
 
 def check_blocks(backbone: Backbone) -> None:
@@ -161,6 +162,12 @@ def optimizer_slices(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
         for number, values in state["state"].items()
     }
     return {**state, "state": cut}
+
+
+def _has_fsdp2() -> bool:
+    import torch.distributed.fsdp
+
+    return hasattr(torch.distributed.fsdp, "fully_shard")
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
