@@ -113,6 +113,16 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return all_reduce_sum(tensor).div_(world_size())
 
 
+def is_sharded_tensor(value: object) -> bool:
+    """Whether a tensor is shared out over processes (a DTensor): whole in shape, a slice here."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "to_local")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's slice of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def broadcast(value: T) -> T:
     """The main process's small Python value, on every process."""
     if not is_grouped():

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dino_kd.config import load_settings
 from dino_kd.crop_sizes import (
@@ -47,6 +48,7 @@ from dino_kd.engine.loop import Hook, Progress, fit
 from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
+from dino_kd.engine.sharding import WholeCopy, check_blocks, check_sharding, gather, shard
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
@@ -92,13 +94,16 @@ def pretrain(settings: PretrainConfig) -> Path:
         # Check: nothing is written until all of this has passed.
         precision = choose_precision(settings.optim.precision, device)
         compiles, about_compiling = choose_compile(settings.optim.compile, device)
+        if settings.optim.shard:
+            check_sharding(precision, device)
         settings = with_absolute_data(settings)
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
         settings, notes = resolve_auto(settings, plan, precision)
         renderer = make_renderer(settings.data.renderer, notes.append)
         monitor_sets = monitor_images(settings)
-        task = build_task(settings).to(device)
+        task = build_task(settings)
+        whole_teacher = place(task, settings, device)
         curriculum = crop_curriculum(
             settings.curriculum,
             crop_policy(settings),
@@ -156,19 +161,21 @@ def pretrain(settings: PretrainConfig) -> Path:
             size_changes(curriculum, log.say),
         ]
         if monitor_sets:
-            hooks.append(knn_monitor(settings, plan, monitor_sets, task, precision, log))
+            hooks.append(
+                knn_monitor(settings, plan, monitor_sets, task, whole_teacher, precision, log)
+            )
 
         def save(progress: Progress) -> None:
             broken.exchange()
+            slices = training_state(
+                progress, task, optimizer, scaler, num_images=plan.num_images, broken=broken.paths
+            )
+            state = gather(slices)
 
             def write() -> None:
-                state = training_state(
-                    progress, task, optimizer, scaler,
-                    num_images=plan.num_images, broken=broken.paths,
-                )  # fmt: skip
                 keep = settings.log.keep_checkpoints
                 save_checkpoint(run_dir / "checkpoints", progress.step, state, keep=keep)
-                save_result(run_dir, task)
+                save_result(run_dir, task, state["task"])
 
             on_main(write)
 
@@ -251,6 +258,24 @@ def build_task(settings: PretrainConfig) -> DinoTask:
     )
 
 
+def place(task: DinoTask, settings: PretrainConfig, device: torch.device) -> WholeCopy | None:
+    """Move the task to its device; with `optim.shard`, this process's slices of it.
+
+    Returns then what makes the whole teacher for the in-training score. Raises ConfigError for a
+    network that cannot be sharded.
+    """
+    if not settings.optim.shard:
+        task.to(device)
+        return None
+    check_blocks(task.student.backbone)
+    whole_teacher = WholeCopy(task.teacher.backbone)
+    for network in (task.student, task.teacher):
+        shard(network.backbone, device)
+        shard(network.head, device)
+    task.to(device)  # what is left: the centre
+    return whole_teacher
+
+
 def prepare_networks(
     task: DinoTask, settings: PretrainConfig, dtype: torch.dtype, compiles: bool
 ) -> None:
@@ -285,7 +310,9 @@ def restore_run(
     if state is None:
         return Progress(), []
     if is_main_process():
-        save_result(run_dir, task)  # a kill may have come between the checkpoint and the backbone
+        save_result(
+            run_dir, task, state["task"]
+        )  # a kill may have come between the checkpoint and the backbone
     return Progress(**state["progress"]), state["broken"]
 
 
@@ -338,10 +365,11 @@ def knn_monitor(
     plan: Plan,
     sets: tuple[ImageDataset, ImageDataset],
     task: DinoTask,
+    whole_teacher: WholeCopy | None,
     precision: str,
     log: RunLog,
 ) -> KnnMonitor:
-    """The hook that scores the teacher while it trains."""
+    """The hook that scores the teacher while it trains, of a sharded one a whole copy."""
     backbone = task.teacher.backbone
     extract = functools.partial(
         extract_features,
@@ -353,7 +381,7 @@ def knn_monitor(
     return KnnMonitor(
         backbone,
         *sets,
-        extract=extract,
+        extract=whole_teacher.instead(extract) if whole_teacher else extract,
         every=plan.monitor_every,
         total_steps=plan.total_steps,
         k=settings.monitor.k,
@@ -363,13 +391,17 @@ def knn_monitor(
     )
 
 
-def save_result(run_dir: Path, task: DinoTask) -> None:
-    """The teacher as a timm folder, and both heads beside it."""
-    save_backbone(task.teacher.backbone, run_dir / "backbone")
+def save_result(run_dir: Path, task: DinoTask, state: dict[str, Tensor]) -> None:
+    """The teacher as a timm folder, and both heads beside it, from the task's whole state dict."""
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+    save_backbone(task.teacher.backbone, run_dir / "backbone", below("teacher.backbone.net."))
     heads = {
         f"{branch}.{name}": tensor
         for branch in ("teacher", "student")
-        for name, tensor in getattr(task, branch).head.state_dict().items()
+        for name, tensor in below(f"{branch}.head.").items()
     }
     write_tensors(run_dir / "heads.safetensors", heads)
 
@@ -381,9 +413,10 @@ def describe_run(
     backbone = task.student.backbone
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
     head = sum(p.numel() for p in task.student.head.parameters()) / 1e6
+    shared = ", shared out over them" if settings.optim.shard else ""
     return (
         f"{settings.model.backbone} ({millions:.1f} M parameters, features {backbone.embed_dim}) "
-        f"with a head of {head:.1f} M, on {world_size()} x {device.type} in {precision}"
+        f"with a head of {head:.1f} M, on {world_size()} x {device.type}{shared} in {precision}"
     )
 
 

@@ -175,15 +175,23 @@ def build_untrained(config: PretrainConfig) -> Backbone:
         return backbone_from_settings(config.model, config.crops, config.data, config.seed)
 
 
-def save_backbone(backbone: Backbone, folder: str | Path) -> None:
+def save_backbone(
+    backbone: Backbone, folder: str | Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` for ``timm.create_model("local-dir:...")``.
 
     Each file is replaced atomically: a reader sees the old or the new one. Raises UserError when
     the disk is full or not writable.
+
+    Args:
+        backbone: what is saved.
+        folder: created if need be.
+        weights: state dict of its network, where the network itself is sharded.
     """
     folder = Path(folder)
     write_json(folder / CONFIG_FILE, _timm_config(backbone))
-    write_tensors(folder / WEIGHTS_FILE, backbone.net.state_dict())
+    weights = backbone.net.state_dict() if weights is None else weights
+    write_tensors(folder / WEIGHTS_FILE, weights)
 
 
 def backbone_hash(backbone: Backbone) -> str:

@@ -22,6 +22,7 @@ from dino_kd.distributed import is_main_process, on_main
 from dino_kd.engine.checkpoint import list_checkpoints, load_checkpoint, read_checkpoint
 from dino_kd.engine.hooks import BrokenImages
 from dino_kd.engine.loop import Progress
+from dino_kd.engine.sharding import optimizer_slices, slices_like
 from dino_kd.errors import CheckpointError, ConfigError, DataError, Interrupted
 from dino_kd.files import remove_leftovers, write_text
 from dino_kd.runlog import RunLog
@@ -154,7 +155,7 @@ def training_state(
     num_images: int,
     broken: Iterable[str],
 ) -> dict[str, Any]:
-    """What a checkpoint holds, and `restore` reads."""
+    """What a checkpoint holds, and `restore` reads; of a sharded task it has yet to be gathered."""
     return {
         "step": progress.step,
         "progress": progress.state_dict(),
@@ -193,8 +194,8 @@ def restore(
             f"{num_images}; the order of the data would change. Restore the data set, or "
             "start a new run"
         )
-    task.load_state_dict(state["task"])
-    optimizer.load_state_dict(state["optimizer"])
+    task.load_state_dict(slices_like(state["task"], task))
+    optimizer.load_state_dict(optimizer_slices(state["optimizer"], optimizer))
     scaler.load_state_dict(state["scaler"])
     log.say(f"resuming {chosen} at step {state['step']:,} of {total_steps:,}")
     return state

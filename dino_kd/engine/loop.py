@@ -24,6 +24,7 @@ from dino_kd.engine.health import DataWait
 from dino_kd.engine.optim import apply_values, clip_gradients, drop_frozen_gradients
 from dino_kd.engine.precision import autocast
 from dino_kd.engine.schedules import Schedule, is_time
+from dino_kd.engine.sharding import drop_gathered, is_sharded
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import Diverged
 
@@ -156,7 +157,8 @@ def fit(
     Raises:
         Diverged: `max_bad_steps` non-finite steps in a row.
     """
-    module = _data_parallel(task, options.device) if is_grouped() else task
+    sharded = is_sharded(task)
+    module = _data_parallel(task, options.device) if is_grouped() and not sharded else task
     clock, data_wait = _Clock(), DataWait(options.loading_advice)
     for step in range(progress.step, options.total_steps):
         done = step + 1
@@ -168,6 +170,8 @@ def fit(
         apply_values(optimizer, values)
         values["measure"] = float(measure)
         loss, metrics = _accumulate_gradients(module, batch, values, scaler, options)
+        if sharded:
+            drop_gathered(task)
         if values.get("freeze_last_layer"):
             drop_frozen_gradients(optimizer)
         scaler.unscale_(optimizer)

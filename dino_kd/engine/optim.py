@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dino_kd.distributed import all_reduce_sum, is_sharded_tensor, local_part
 from dino_kd.errors import unknown_name
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -70,7 +71,10 @@ def scaled_groups(module: nn.Module, lr_scales: Mapping[str, float]) -> list[dic
 
 
 def _has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.squeeze().ndim > 1 and name.rpartition(".")[2] not in _TOKEN_NAMES
+    return (
+        sum(size > 1 for size in parameter.shape) > 1
+        and name.rpartition(".")[2] not in _TOKEN_NAMES
+    )
 
 
 def make_optimizer(
@@ -110,11 +114,16 @@ def drop_frozen_gradients(optimizer: torch.optim.Optimizer) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm` (0: leave them).
 
+    Of sharded gradients every process scales its slices by the norm of the whole.
+
     Returns the norm before clipping as a scalar tensor; reading it is the caller's business, so
     that nothing here waits for the device.
     """
-    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    found = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    gradients = [local_part(gradient) for gradient in found]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if any(is_sharded_tensor(gradient) for gradient in found):  # then all are
+        norm = all_reduce_sum(norm.double().square()).sqrt().to(norm.dtype)
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

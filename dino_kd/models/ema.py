@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dino_kd.distributed import local_part
+
 
 @torch.no_grad()
 def update_teacher(
@@ -17,7 +19,7 @@ def update_teacher(
 ) -> None:
     """Move the teacher towards the student, in place: ``t <- momentum * t + (1 - momentum) * s``.
 
-    Both must be the same architecture, without DDP around them.
+    Both must be the same architecture, without DDP around them; if sharded, both the same way.
 
     Args:
         student: source of the average; unchanged.
@@ -50,5 +52,5 @@ def _paired(student: nn.Module, teacher: nn.Module, kind: str) -> list[tuple]:
 def _lerp(pairs: list[tuple], momentum: float) -> None:
     # One fused call for all tensors: 2.6 ms instead of 7.1 ms on one core for a small ViT.
     if pairs:
-        sources, targets = zip(*pairs, strict=True)
-        torch._foreach_lerp_(list(targets), list(sources), 1.0 - momentum)
+        sources, targets = ([local_part(t) for t in side] for side in zip(*pairs, strict=True))
+        torch._foreach_lerp_(targets, sources, 1.0 - momentum)

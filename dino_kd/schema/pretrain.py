@@ -251,6 +251,12 @@ class OptimSettings(Settings):
         "which see the micro-batch.",
         free=True,
     )
+    shard: bool = setting(
+        False,
+        "Share student, teacher, gradients and optimiser state out over the processes of a "
+        "torchrun job, for ViTs too large for one device; the same result, more traffic.",
+        free=True,
+    )
     length: RunLength = setting("100ep", "Length of the run.", unit="steps or 'ep'")
     base_lr: PositiveFloat = setting(
         5e-4, "Peak learning rate per `lr_batch` images (linear rule)."
