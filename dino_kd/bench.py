@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from dino_kd.config import load_settings
-from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.loader import CropBatch
 from dino_kd.data.multicrop import Crops
 from dino_kd.distributed import (
@@ -36,24 +35,13 @@ from dino_kd.distributed import (
     world_size,
 )
 from dino_kd.engine.loop import Progress, fit
-from dino_kd.engine.optim import make_optimizer, parameter_groups
-from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.signals import StopFlag
 from dino_kd.engine.speed import Setup, Speed, bottleneck, count_flops, peak_of
 from dino_kd.errors import Interrupted
 from dino_kd.files import write_json
-from dino_kd.models.backbone import attention_backend
-from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto
-from dino_kd.pretrain import (
-    build_task,
-    describe_run,
-    make_schedules,
-    training_batches,
-    training_images,
-    with_absolute_data,
-)
-from dino_kd.schema import BenchConfig
-from dino_kd.tasks.dino import DinoTask
+from dino_kd.presets import fit_options, loader_processes
+from dino_kd.schema import BenchConfig, MeasureSettings
+from dino_kd.training import Training, prepare
 
 _HELD = 4  # batches that the step alone goes round
 _LAST_STEP = 10**6  # no measurement gets there
@@ -73,10 +61,10 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
     """
     stop = StopFlag()
     with stop.listening(), process_group(settings.device) as device:
-        training = prepare(settings, device, stop)
+        timed = prepared(settings, device, stop)
         say = print if is_main_process() else _hush
-        say(describe_run(training.settings, training.task, device, training.options.precision))
-        numbers = broadcast(measure_all(training))  # the main process's own
+        say(timed.training.describe())
+        numbers = broadcast(measure_all(timed))  # the main process's own
         say(table(numbers))
         if settings.bench.output is not None and is_main_process():
             file = Path(settings.bench.output).expanduser() / "bench.json"
@@ -85,18 +73,18 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
         return numbers
 
 
-def measure_all(training: Training) -> dict[str, Any]:
+def measure_all(timed: Timed) -> dict[str, Any]:
     """All numbers as they are written to bench.json."""
-    settings, device, setup = training.settings, training.device, training.setup()
-    with contextlib.closing(training.batches()) as batches:
-        loader, held = measure_loader(batches, training)
+    settings, device, setup = timed.training.settings, timed.device, timed.setup()
+    with contextlib.closing(timed.batches()) as batches:
+        loader, held = measure_loader(batches, timed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    alone = training.measure(itertools.cycle(held))
-    flops = count_flops(lambda: training.run(itertools.cycle(held), steps=1))
-    with contextlib.closing(training.batches()) as batches:
-        both = training.measure(batch.crops for batch in batches)
-    peak = peak_of(device, training.options.precision)
+    alone = timed.measure(itertools.cycle(held))
+    flops = count_flops(lambda: timed.run(itertools.cycle(held), steps=1))
+    with contextlib.closing(timed.batches()) as batches:
+        both = timed.measure(batch.crops for batch in batches)
+    peak = peak_of(device, timed.options.precision)
     speed = Speed(
         loader=loader,
         step=alone.images_per_s,
@@ -137,34 +125,34 @@ class Rate:
 
 
 @dataclass
-class Training:
-    """Everything that a pretraining has before its first step."""
+class Timed:
+    """A pretraining that is run for a while to be timed."""
 
-    settings: BenchConfig
-    dataset: ImageDataset
-    plan: Plan
-    task: DinoTask
-    optimizer: torch.optim.Optimizer
+    training: Training
+    wanted: MeasureSettings
     stop: StopFlag
-    device: torch.device
 
     def __post_init__(self) -> None:
-        self.options = fit_options(self.settings, self.plan, self.device)
+        training = self.training
+        self.device = training.device
+        self.options = fit_options(training.settings, training.plan, self.device)
+        self.optimizer = training.optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.options.precision == "fp16"
         )
 
     def batches(self) -> Generator[CropBatch, None, None]:
         """The loader as a pretraining starts it."""
-        return training_batches(self.settings, self.dataset, self.plan, 0, self.device)
+        return self.training.batches(0)
 
     def setup(self) -> Setup:
         """What the sentence about the speed must know."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        workers = self.training.settings.data.num_workers
         return Setup(
             device=self.device,
             precision=self.options.precision,
-            num_workers=loader_processes(self.settings.data.num_workers, processes_here()),
+            num_workers=loader_processes(workers, processes_here()),
             cores=max(1, (cores or os.cpu_count() or 1) // processes_here()),
         )
 
@@ -185,10 +173,10 @@ class Training:
             return {}
 
         fit(
-            self.task,
+            self.training.task,
             iter(crops),
             self.optimizer,
-            make_schedules(self.settings, self.plan),
+            self.training.schedules(),
             dataclasses.replace(self.options, total_steps=steps),
             progress=Progress(),
             scaler=self.scaler,
@@ -202,7 +190,7 @@ class Training:
 
     def measure(self, crops: Iterable[Crops]) -> Rate:
         """Train for `bench.seconds` after the warm-up, at least one step more than that."""
-        clock = _Clock(self.settings.bench.warmup, self.settings.bench.seconds)
+        clock = _Clock(self.wanted.warmup, self.wanted.seconds)
         self.run(clock.watch(crops), steps=_LAST_STEP, after_step=clock.step_done)
         return Rate(clock.steps * self.options.batch_size / clock.elapsed, clock.share_waited)
 
@@ -245,47 +233,32 @@ class _Silence:
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
 
-def prepare(settings: BenchConfig, device: torch.device, stop: StopFlag) -> Training:
-    """Check and build what `pretrain` checks and builds. Raises UserError."""
-    precision = choose_precision(settings.optim.precision, device)
-    settings = _typed(with_absolute_data(settings))
+def prepared(settings: BenchConfig, device: torch.device, stop: StopFlag) -> Timed:
+    """What `pretrain` would train, as in the middle of a long run. Raises UserError."""
     # nothing is written, so no place is wrong
     settings = settings.model_copy(update={"run_dir": os.devnull})
-    dataset = training_images(settings)
-    plan = make_plan(settings, len(dataset), world_size())
-    settings = _typed(resolve_auto(settings, plan, precision)[0])
-    # A long run past its first steps, in which the prototypes are fixed.
-    plan = dataclasses.replace(plan, total_steps=_LAST_STEP, freeze_last_layer=0)
-    task = build_task(settings).to(device)
-    for network in (task.student, task.teacher):
-        attention_backend(network.backbone, device.type, DTYPES[precision])
-    groups = parameter_groups(task.student, task.student.head.prototype_parameters())
-    optimizer = make_optimizer(settings.optim.name, groups, momentum=settings.optim.sgd_momentum)
-    return Training(settings, dataset, plan, task, optimizer, stop, device)
+    training = prepare(settings, device)
+    training.plan = dataclasses.replace(training.plan, total_steps=_LAST_STEP, freeze_last_layer=0)
+    return Timed(training, settings.bench, stop)
 
 
-def _typed(settings: object) -> BenchConfig:
-    assert isinstance(settings, BenchConfig)  # copies keep their class
-    return settings
-
-
-def measure_loader(batches: Iterator[CropBatch], training: Training) -> tuple[float, list[Crops]]:
+def measure_loader(batches: Iterator[CropBatch], timed: Timed) -> tuple[float, list[Crops]]:
     """Images per second of the loader alone, over all processes; and some of its batches.
 
     Loader processes finish their first batches at the same time, so that the clock starts when
     each of them has.
     """
-    wanted = training.settings.bench
-    clock = _Clock(max(wanted.warmup, training.setup().num_workers), wanted.seconds)
+    wanted = timed.wanted
+    clock = _Clock(max(wanted.warmup, timed.setup().num_workers), wanted.seconds)
     held: list[Crops] = []
     for batch in batches:
         if len(held) < _HELD:
             held.append(batch.crops)
         if clock.step_done() and len(held) == _HELD:
             break
-        if training.stop.reason:
-            raise Interrupted(f"{training.stop.reason}; nothing was written")
-    return clock.steps * training.options.batch_size / clock.elapsed, held
+        if timed.stop.reason:
+            raise Interrupted(f"{timed.stop.reason}; nothing was written")
+    return clock.steps * timed.options.batch_size / clock.elapsed, held
 
 
 def peak_memory(device: torch.device) -> int:

@@ -9,7 +9,6 @@ Reads top to bottom: check everything, build, train, save.
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,61 +16,33 @@ import torch
 from torch import Tensor
 
 from dino_kd.config import load_settings
-from dino_kd.crop_sizes import (
-    check_crop_sizes,
-    check_local_crops,
-    crop_curriculum,
-    crop_policy,
-    describe_curriculum,
-    size_changes,
-)
-from dino_kd.data.curriculum import Curriculum
+from dino_kd.crop_sizes import size_changes
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
-from dino_kd.data.loader import CropBatch, crop_batches
-from dino_kd.data.multicrop import CropPolicy
-from dino_kd.data.packed import pack_folder, packed
-from dino_kd.data.renderers import make_renderer
+from dino_kd.data.packed import packed
 from dino_kd.data.specs import make_dataset
-from dino_kd.distributed import (
-    is_main_process,
-    on_main,
-    process_group,
-    processes_here,
-    rank,
-    world_size,
-)
+from dino_kd.distributed import is_main_process, on_main, process_group, processes_here
 from dino_kd.engine.checkpoint import save_checkpoint
-from dino_kd.engine.compilation import choose_compile
 from dino_kd.engine.health import HealthMonitor
 from dino_kd.engine.hooks import BrokenImages, KnnMonitor
 from dino_kd.engine.loop import Hook, Progress, fit
-from dino_kd.engine.optim import OPTIMIZERS, make_optimizer, parameter_groups
-from dino_kd.engine.precision import DTYPES, choose_precision
-from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
-from dino_kd.engine.sharding import WholeCopy, check_blocks, check_sharding, gather, shard
+from dino_kd.engine.sharding import gather
 from dino_kd.engine.signals import StopFlag
-from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.features import extract_features
 from dino_kd.files import write_tensors
-from dino_kd.models.backbone import attention_backend
-from dino_kd.models.checkpointing import checkpoint_activations
-from dino_kd.models.compiled_blocks import compile_blocks
-from dino_kd.presets import Plan, fit_options, loader_processes, make_plan, resolve_auto, warn_about
-from dino_kd.pretrained import backbone_from_settings, head_from_settings, save_backbone
+from dino_kd.presets import Plan, fit_options, loader_processes, warn_about
+from dino_kd.pretrained import save_backbone
 from dino_kd.rundir import (
-    check_readable,
     end_of_training,
     make_log,
     open_run,
-    refuse_run_inside,
     restore,
     training_state,
     watched,
-    with_absolute_path,
 )
 from dino_kd.runlog import RunLog
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
+from dino_kd.training import Training, prepare
 
 
 def main(argv: list[str]) -> int:
@@ -92,27 +63,10 @@ def pretrain(settings: PretrainConfig) -> Path:
     stop = StopFlag()
     with stop.listening(), process_group(settings.device) as device, ExitStack() as cleanup:
         # Check: nothing is written until all of this has passed.
-        precision = choose_precision(settings.optim.precision, device)
-        compiles, about_compiling = choose_compile(settings.optim.compile, device)
-        if settings.optim.shard:
-            check_sharding(precision, device)
-        settings = with_absolute_data(settings)
-        dataset = training_images(settings)
-        plan = make_plan(settings, len(dataset), world_size())
-        settings, notes = resolve_auto(settings, plan, precision)
-        renderer = make_renderer(settings.data.renderer, notes.append)
+        training = prepare(settings, device)
+        settings, plan, task = training.settings, training.plan, training.task
+        precision = settings.optim.precision
         monitor_sets = monitor_images(settings)
-        task = build_task(settings)
-        whole_teacher = place(task, settings, device)
-        curriculum = crop_curriculum(
-            settings.curriculum,
-            crop_policy(settings),
-            task.student.backbone,
-            steps=plan.steps(settings.curriculum.length),
-            total_steps=plan.total_steps,
-        )
-        prepare_networks(task, settings, DTYPES[precision], compiles)
-        notes += [about_compiling] if about_compiling else []
 
         # Open the run directory, new or continued.
         run_dir = Path(settings.run_dir)
@@ -124,22 +78,19 @@ def pretrain(settings: PretrainConfig) -> Path:
             )
         )
         log.write_environment(
-            {"device": str(device), "precision": precision, "renderer": renderer.name}
+            {"device": str(device), "precision": precision, "renderer": training.renderer.name}
         )
-        said = [describe_run(settings, task, device, precision), plan.describe(), *notes]
-        for line in [*said, describe_curriculum(curriculum)]:
+        for line in [training.describe(), plan.describe(), *training.notes]:
             log.say(line)
         for line in [] if continued else warn_about(settings, plan):
             log.warn(line)
 
         # Build what trains.
         data = settings.data
-        dataset = packed(dataset, data.pack, limit_gb=data.pack_limit, say=log.say)
-        head = task.student.head
-        groups = parameter_groups(task.student, head.prototype_parameters())
-        optimizer = make_optimizer(
-            settings.optim.name, groups, momentum=settings.optim.sgd_momentum
+        training.dataset = packed(
+            training.dataset, data.pack, limit_gb=data.pack_limit, say=log.say
         )
+        optimizer = training.optimizer()
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         progress, broken_before = Progress(), list[str]()
         if continued:
@@ -149,21 +100,21 @@ def pretrain(settings: PretrainConfig) -> Path:
             log.broken,
             stop,
             run_dir=run_dir,
-            num_images=len(dataset),
+            num_images=plan.num_images,
             max_share=settings.data.max_broken_share,
             known=broken_before,
         )
         hooks: list[Hook] = [
             HealthMonitor(
-                log.warn, num_prototypes=head.num_prototypes, total_steps=plan.total_steps
+                log.warn,
+                num_prototypes=task.student.head.num_prototypes,
+                total_steps=plan.total_steps,
             ),
             broken,
-            size_changes(curriculum, log.say),
+            size_changes(training.crops, log.say),
         ]
         if monitor_sets:
-            hooks.append(
-                knn_monitor(settings, plan, monitor_sets, task, whole_teacher, precision, log)
-            )
+            hooks.append(knn_monitor(training, monitor_sets, log))
 
         def save(progress: Progress) -> None:
             broken.exchange()
@@ -180,13 +131,13 @@ def pretrain(settings: PretrainConfig) -> Path:
             on_main(write)
 
         # Train.
-        batches = training_batches(settings, dataset, plan, progress.step, device, curriculum)
+        batches = training.batches(progress.step)
         cleanup.callback(batches.close)
         progress = fit(
             task,
             (batch.crops for batch in watched(batches, broken, run_dir, progress.step)),
             optimizer,
-            make_schedules(settings, plan),
+            training.schedules(),
             fit_options(settings, plan, device),
             progress=progress,
             scaler=scaler,
@@ -197,25 +148,6 @@ def pretrain(settings: PretrainConfig) -> Path:
         )
         finish(settings, progress, broken, log)
     return run_dir
-
-
-def with_absolute_data(settings: PretrainConfig) -> PretrainConfig:
-    """The training images by an absolute path, where they have one."""
-    spec = with_absolute_path(settings.data.train)
-    data = settings.data.model_copy(update={"train": spec})
-    return settings.model_copy(update={"data": data})
-
-
-def training_images(settings: PretrainConfig) -> ImageDataset:
-    """The images to learn from; a sample of them is read, so that a wrong folder fails at once."""
-    data = settings.data
-    dataset = make_dataset(
-        data.train, channels=settings.model.in_chans, download=data.download, where="data.train"
-    )
-    refuse_run_inside(settings.run_dir, data.train)
-    check_readable(dataset, "data.train")
-    pack_folder(data.pack)  # a mistake in it is told now
-    return dataset
 
 
 def monitor_images(settings: PretrainConfig) -> tuple[ImageDataset, ImageDataset] | None:
@@ -232,66 +164,6 @@ def monitor_images(settings: PretrainConfig) -> tuple[ImageDataset, ImageDataset
         sets.append(dataset)
     labels_as(sets[1], sets[0].class_names or [], "monitor.test")  # same classes, or an error now
     return sets[0], sets[1]
-
-
-def build_task(settings: PretrainConfig) -> DinoTask:
-    """Student, teacher and centre, from the seed. Raises ConfigError when sizes do not fit."""
-    if settings.optim.name not in OPTIMIZERS:
-        raise unknown_name("optimiser", settings.optim.name, OPTIMIZERS, "optim.name")
-    for name in ("mean", "std"):
-        values = getattr(settings.data, name)
-        if values is not None and len(values) != settings.model.in_chans:
-            raise ConfigError(
-                f"data.{name}: {len(values)} numbers for model.in_chans={settings.model.in_chans}; "
-                "give one for each channel"
-            )
-    backbone = backbone_from_settings(settings.model, settings.crops, settings.data, settings.seed)
-    check_crop_sizes(settings, backbone)
-    check_local_crops(settings, backbone)
-    head = head_from_settings(settings.head, backbone.embed_dim)
-    return DinoTask(
-        backbone,
-        head,
-        student_temp=settings.teacher.student_temp,
-        center_momentum=settings.teacher.center_momentum,
-        buffers=settings.teacher.buffers,
-    )
-
-
-def place(task: DinoTask, settings: PretrainConfig, device: torch.device) -> WholeCopy | None:
-    """Move the task to its device; with `optim.shard`, this process's slices of it.
-
-    Returns then what makes the whole teacher for the in-training score. Raises ConfigError for a
-    network that cannot be sharded.
-    """
-    if not settings.optim.shard:
-        task.to(device)
-        return None
-    check_blocks(task.student.backbone)
-    whole_teacher = WholeCopy(task.teacher.backbone)
-    for network in (task.student, task.teacher):
-        shard(network.backbone, device)
-        shard(network.head, device)
-    task.to(device)  # what is left: the centre
-    return whole_teacher
-
-
-def prepare_networks(
-    task: DinoTask, settings: PretrainConfig, dtype: torch.dtype, compiles: bool
-) -> None:
-    """How the networks compute, not what: attention, checkpointing, compilation; in place.
-
-    Raises:
-        ConfigError: the network cannot do what the settings ask for.
-    """
-    if settings.model.checkpoint_activations:
-        checkpoint_activations(task.student.backbone)
-    for network in (task.student, task.teacher):
-        device = next(network.parameters()).device
-        attention_backend(network.backbone, device.type, dtype)
-        if compiles:
-            compile_blocks(network.backbone.net)
-    task.compiles_loss = compiles
 
 
 def restore_run(
@@ -316,72 +188,23 @@ def restore_run(
     return Progress(**state["progress"]), state["broken"]
 
 
-def make_schedules(settings: PretrainConfig, plan: Plan) -> dict[str, Schedule]:
-    """Every value that moves with the step."""
-    optim, teacher, total = settings.optim, settings.teacher, plan.total_steps
-    peak = plan.peak_lr
-
-    def main_part(steps: int) -> Schedule:
-        return (
-            cosine(peak, optim.min_lr, steps) if optim.lr_schedule == "cosine" else constant(peak)
-        )
-
-    return {
-        "lr": after_warmup(main_part, peak, plan.warmup, total),
-        "weight_decay": cosine(optim.weight_decay, optim.weight_decay_end, total),
-        "momentum": cosine(float(teacher.momentum), teacher.momentum_end, total),
-        "teacher_temp": linear(teacher.warmup_temp, teacher.temp, plan.temp_warmup),
-        "freeze_last_layer": switch(plan.freeze_last_layer),
-    }
-
-
-def training_batches(
-    settings: PretrainConfig,
-    dataset: ImageDataset,
-    plan: Plan,
-    start_step: int,
-    device: torch.device,
-    policy: CropPolicy | Curriculum,
-) -> Generator[CropBatch, None, None]:
-    """This process's share of every batch from `start_step` on."""
-    return crop_batches(
-        dataset,
-        policy,
-        batch_size=settings.optim.batch_size,
-        seed=settings.seed,
-        start_step=start_step,
-        total_steps=plan.total_steps,
-        rank=rank(),
-        world_size=world_size(),
-        num_workers=loader_processes(settings.data.num_workers, processes_here()),
-        pin_memory=device.type == "cuda",
-        workers=settings.data.workers,
-        renderer=make_renderer(settings.data.renderer),
-    )
-
-
 def knn_monitor(
-    settings: PretrainConfig,
-    plan: Plan,
-    sets: tuple[ImageDataset, ImageDataset],
-    task: DinoTask,
-    whole_teacher: WholeCopy | None,
-    precision: str,
-    log: RunLog,
+    training: Training, sets: tuple[ImageDataset, ImageDataset], log: RunLog
 ) -> KnnMonitor:
     """The hook that scores the teacher while it trains, of a sharded one a whole copy."""
-    backbone = task.teacher.backbone
+    settings, plan, backbone = training.settings, training.plan, training.task.teacher.backbone
     extract = functools.partial(
         extract_features,
         size=backbone.img_size,
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
-        device=next(backbone.parameters()).device,
-        precision="bf16" if precision == "bf16" else "fp32",
+        device=training.device,
+        precision="bf16" if settings.optim.precision == "bf16" else "fp32",
     )
+    whole = training.whole_teacher
     return KnnMonitor(
         backbone,
         *sets,
-        extract=whole_teacher.instead(extract) if whole_teacher else extract,
+        extract=whole.instead(extract) if whole else extract,
         every=plan.monitor_every,
         total_steps=plan.total_steps,
         k=settings.monitor.k,
@@ -404,20 +227,6 @@ def save_result(run_dir: Path, task: DinoTask, state: dict[str, Tensor]) -> None
         for name, tensor in below(f"{branch}.head.").items()
     }
     write_tensors(run_dir / "heads.safetensors", heads)
-
-
-def describe_run(
-    settings: PretrainConfig, task: DinoTask, device: torch.device, precision: str
-) -> str:
-    """One sentence: what trains where."""
-    backbone = task.student.backbone
-    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    head = sum(p.numel() for p in task.student.head.parameters()) / 1e6
-    shared = ", shared out over them" if settings.optim.shard else ""
-    return (
-        f"{settings.model.backbone} ({millions:.1f} M parameters, features {backbone.embed_dim}) "
-        f"with a head of {head:.1f} M, on {world_size()} x {device.type}{shared} in {precision}"
-    )
 
 
 def finish(settings: PretrainConfig, progress: Progress, broken: BrokenImages, log: RunLog) -> None:

@@ -51,6 +51,7 @@ LAYERS = {
     "dino_kd.crop_sizes": 5,
     "dino_kd.pretrained": 5,
     "dino_kd.rundir": 5,
+    "dino_kd.training": 6,
     "dino_kd.pretrain": 6,
     "dino_kd.distill": 6,
     "dino_kd.demo": 6,
@@ -64,7 +65,8 @@ SIDEWAYS = {
     # the demo is the pretraining story told with an example
     ("dino_kd.demo", "dino_kd.pretrain"),
     # what is measured is that story
-    ("dino_kd.bench", "dino_kd.pretrain"),
+    ("dino_kd.bench", "dino_kd.training"),
+    ("dino_kd.pretrain", "dino_kd.training"),
     # what is kept is what was extracted
     ("dino_kd.feature_cache", "dino_kd.features"),
 }

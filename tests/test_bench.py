@@ -12,11 +12,12 @@ import torch
 
 from dino_kd import bench as story
 from dino_kd import cli
-from dino_kd.bench import bench, prepare
+from dino_kd.bench import bench, prepared
 from dino_kd.config import load_settings
 from dino_kd.engine.signals import StopFlag
 from dino_kd.engine.speed import Peak
 from dino_kd.schema import BenchConfig
+from dino_kd.tasks.dino import DinoTask
 from tests.tiny import TINY, write_images
 from tests.two_ranks import on_two_ranks
 
@@ -44,25 +45,25 @@ def quick_peak():
 
 @pytest.fixture
 def slow_loader(monkeypatch):
-    real = story.training_batches
+    real = story.Timed.batches
 
-    def slowly(*args):
-        for batch in real(*args):
+    def slowly(self):
+        for batch in real(self):
             time.sleep(0.2)
             yield batch
 
-    monkeypatch.setattr(story, "training_batches", slowly)
+    monkeypatch.setattr(story.Timed, "batches", slowly)
 
 
 @pytest.fixture
 def slow_step(monkeypatch):
-    real = story.DinoTask.after_step
+    real = DinoTask.after_step
 
     def slowly(self, *args, **more):
         time.sleep(0.4)
         real(self, *args, **more)
 
-    monkeypatch.setattr(story.DinoTask, "after_step", slowly)
+    monkeypatch.setattr(DinoTask, "after_step", slowly)
 
 
 @pytest.mark.usefixtures("quick_peak", "slow_loader")
@@ -117,9 +118,9 @@ def test_flops_of_a_step_grow_with_its_crops(images):
 
     def flops(crops):
         chosen = settings(images, f"crops.num_local_crops={crops}")
-        training = prepare(chosen, torch.device("cpu"), StopFlag())
-        held = next(training.batches()).crops
-        return story.count_flops(lambda: training.run(iter([held]), steps=1))
+        timed = prepared(chosen, torch.device("cpu"), StopFlag())
+        held = next(timed.batches()).crops
+        return story.count_flops(lambda: timed.run(iter([held]), steps=1))
 
     none, two, four = (flops(crops) for crops in (0, 2, 4))
     assert four - two == two - none > 0

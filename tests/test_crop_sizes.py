@@ -213,7 +213,7 @@ def test_half_the_side_is_less_than_a_third_of_the_work(images, tmp_path, networ
     from torch.utils.flop_counter import FlopCounterMode
 
     from dino_kd.data.multicrop import Crops
-    from dino_kd.pretrain import build_task
+    from dino_kd.training import build_task
 
     task = build_task(settings(images, tmp_path / "run", "model.drop_path=0", *network))
 

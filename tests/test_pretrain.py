@@ -107,8 +107,9 @@ def test_the_backbone_is_the_teacher_by_every_door(whole):
     by_hub = torch.hub.load(str(root), "backbone", str(whole), source="local")
     with torch.no_grad():
         expected = by_timm(x)
-        assert torch.equal(by_run(x), expected)
-        assert torch.equal(by_hub(x), expected)
+        # up to rounding: of the last block ours computes the class token alone
+        torch.testing.assert_close(by_run(x), expected)
+        assert torch.equal(by_hub(x), by_run(x))
     for name, value in by_timm.state_dict().items():
         assert torch.equal(value, teacher[name]), name
 
@@ -569,8 +570,8 @@ def test_every_crop_setting_changes_the_crops(images):
     """crop_policy passes the whole section on at once, so each field must move the pixels."""
     import numpy as np
 
+    from dino_kd.crop_sizes import crop_policy
     from dino_kd.data.multicrop import crop_rng, render_crops, sample_crops
-    from dino_kd.pretrain import crop_policy
 
     def pixels(*more):
         policy = crop_policy(settings(images, "unused", *more))

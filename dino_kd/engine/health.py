@@ -46,6 +46,11 @@ class DataWait:
         self._waited = self._elapsed = 0.0
         self._is_first, self._said = True, False
 
+    def watch(self, waited: float, elapsed: float, *, say: Callable[[str], object]) -> None:
+        """As `add`; the sentence is said."""
+        if sentence := self.add(waited, elapsed):
+            say(sentence)
+
     def add(self, waited: float, elapsed: float) -> str:
         """Seconds waited of those that passed since the last call; the sentence, mostly empty."""
         if self._is_first or self._said:

@@ -195,8 +195,7 @@ def fit(
         log.progress(done, options.total_steps, {"loss": loss_now, **speed})
         if row:
             log.numbers(done, {**row, **speed})
-            if sentence := data_wait.add(*clock.restart()):
-                log.warn(f"step {done}: {sentence}")
+            data_wait.watch(*clock.restart(), say=log.warn)
         if progress.bad_in_a_row >= options.max_bad_steps:
             raise Diverged(_divergence_report(progress, loss_now, norm_now, options))
         if must_stop and done < options.total_steps:

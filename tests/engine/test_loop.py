@@ -207,4 +207,4 @@ def test_a_run_that_waits_for_its_images_is_told_what_to_change(monkeypatch):
         stop=StopFlag(),
     )
     assert len(told) == 1
-    assert re.fullmatch(r"step \d+: training waits for its images \d+% of the time; more", told[0])
+    assert re.fullmatch(r"training waits for its images \d+% of the time; more", told[0])
