@@ -169,7 +169,8 @@ def open_folder(
     if path.suffix.lower() in EXTENSIONS | {ARRAY_EXTENSION}:
         raise DataError(f"{where}: {path} is one image; give its folder, or a text file of paths.")
     if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".xz", ".7z", ".rar"):
-        raise DataError(f"{where}: {path} is an archive; unpack it and give the folder.")
+        other = f", or read it as webdataset:{path}" if path.suffix.lower() == ".tar" else ""
+        raise DataError(f"{where}: {path} is an archive; unpack it and give the folder{other}.")
     return ListedImages(path, channels=channels, spec=spec, where=where)
 
 
