@@ -168,6 +168,9 @@ RIVALS: dict[str, Callable[[DinoTask], Callable[[Crops], None]]] = {
 }
 
 
+COUNTED = ("original, fp32", "dino_kd, bf16")  # each is a process of its own
+
+
 def measure_time(size: str, batch: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of processor time of every rival, in rounds of one step each."""
     torch.set_num_threads(1)
@@ -196,12 +199,13 @@ class Counting(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def measure_memory(size: str, batch: int, name: str) -> str:
+def measure_memory(size: str, batch: int, name: str) -> tuple[float, int, int]:
     """Peak resident MB of a fresh process that takes two steps; launches and reads of a third."""
     words = ["--size", size, "--batch", str(batch), "--peak-of", name]
     command = [sys.executable, __file__, *words]
     made = subprocess.run(command, check=True, capture_output=True, text=True)
-    return made.stdout.splitlines()[-1]
+    peak, launches, reads = made.stdout.splitlines()[-1].split()
+    return float(peak), int(launches), int(reads)
 
 
 def peak_of(size: str, batch: int, name: str) -> None:
@@ -230,23 +234,34 @@ def main() -> None:
         print("this processor has no bf16: a default run takes the fp32 step")
     for size in [chosen.size] if chosen.size else SIZES:
         batch = chosen.batch or SIZES[size][-1]
-        times = measure_time(size, batch, chosen.rounds)
-        counts = {name: measure_memory(size, batch, name).split() for name in RIVALS}
-        peaks = {name: float(found[0]) for name, found in counts.items()}
-        print(f"one step, {size}, batch {batch}, one thread")
-        for name in RIVALS:
-            same = "original, fp32" if name.endswith("fp32") else "original, bf16 autocast"
-            pairs = [
-                statistics.median(a / b for a, b in zip(times[first], times[name], strict=True))
-                for first in ("original, fp32", same)
-            ]
-            print(
-                f"  {name:<26} {statistics.median(times[name]) * 1e3:9.0f} ms  x{pairs[0]:.2f}"
-                f"  same arithmetic x{pairs[1]:.2f}  peak {peaks[name]:6.0f} MB"
-                f"  x{peaks[name] / peaks['original, fp32']:.2f}"
-                f"  launches {counts[name][1]}, reads {counts[name][2]}",
-                flush=True,
-            )
+        print(f"one step, {size}, batch {batch}, one thread", flush=True)
+        show_times(measure_time(size, batch, chosen.rounds))
+        show_counts({name: measure_memory(size, batch, name) for name in COUNTED})
+
+
+def show_times(times: dict[str, list[float]]) -> None:
+    """Median ms, and median ratios to the original in float32 and in the same arithmetic."""
+    for name, seconds in times.items():
+        same = "original, fp32" if name.endswith("fp32") else "original, bf16 autocast"
+        plain, equal = (
+            statistics.median(a / b for a, b in zip(times[first], seconds, strict=True))
+            for first in ("original, fp32", same)
+        )
+        print(
+            f"  {name:<26} {statistics.median(seconds) * 1e3:9.0f} ms   x{plain:.2f}"
+            f"   same arithmetic x{equal:.2f}",
+            flush=True,
+        )
+
+
+def show_counts(counts: dict[str, tuple[float, int, int]]) -> None:
+    """Peak memory and its ratio to the first, operations launched, numbers read back."""
+    first = next(iter(counts.values()))[0]
+    for name, (peak, launches, reads) in counts.items():
+        print(
+            f"  {name:<26} peak {peak:6.0f} MB   x{peak / first:.2f}   launches {launches:5d}"
+            f"   numbers read back {reads}"
+        )
 
 
 if __name__ == "__main__":
