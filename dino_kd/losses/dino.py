@@ -122,8 +122,8 @@ def _terms(logits: Tensor, targets: Tensor, count: int, temp: float) -> tuple[Te
     probs = torch.softmax(scaled, -1)
     # The largest logit and its probability give the normaliser without another pass of exp.
     normaliser = scaled.amax(-1) - probs.amax(-1).log()  # [...]
-    total = count * normaliser.sum() - (scaled * targets).sum()
-    return total, probs.mul_(count * _HEADROOM).sub_(targets, alpha=_HEADROOM)
+    terms = count * normaliser - (scaled * targets).sum(-1)  # [...]
+    return terms.sum(), probs.mul_(count * _HEADROOM).sub_(targets, alpha=_HEADROOM)
 
 
 class Center(nn.Module):
