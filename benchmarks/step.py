@@ -41,15 +41,17 @@ VALUES = {
     "lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996, "teacher_temp": 0.04, "measure": 0.0,
     "freeze_last_layer": 0.0,
 }  # fmt: skip
-SIZES = {  # network, timm arguments, pixels and patch, local crops of how many pixels, K, batch
-    "small": ("vit_tiny_patch16_224", {"depth": 12, "num_heads": 3}, 32, 4, (6, 16), 4096, 16),
-    "224 px": ("vit_small_patch16_224", {}, 224, 16, (8, 96), 65_536, 4),
+SIZES = {  # network, timm arguments, pixels and patch, local crops of how many pixels, K
+    "small": ("vit_tiny_patch16_224", {"depth": 12, "num_heads": 3}, 32, 4, (6, 16), 4096),
+    "224 px": ("vit_small_patch16_224", {}, 224, 16, (8, 96), 65_536),
 }
+BATCH = {"small": 16, "224 px": 4}  # for the times; memory is measured at the next ones
+FULL_BATCH = {"small": 64, "224 px": 8}
 
 
 def build(size: str) -> DinoTask:
     """Student and teacher of one size, from a fixed seed."""
-    name, args, pixels, patch, _, prototypes, _ = SIZES[size]
+    name, args, pixels, patch, _, prototypes = SIZES[size]
     torch.manual_seed(0)
     backbone = create_backbone(name, img_size=pixels, patch_size=patch, drop_path=0.1, args=args)
     return DinoTask(backbone, DINOHead(backbone.embed_dim, prototypes))
@@ -57,7 +59,7 @@ def build(size: str) -> DinoTask:
 
 def make_crops(size: str, batch: int) -> Crops:
     """Generated pixels; what they show costs nothing."""
-    _, _, pixels, _, (count, local), _, _ = SIZES[size]
+    _, _, pixels, _, (count, local), _ = SIZES[size]
     draw = functools.partial(torch.randint, 0, 256, dtype=torch.uint8)
     return Crops(
         draw(size=(2, batch, 3, pixels, pixels)), draw(size=(count, batch, 3, local, local))
@@ -168,6 +170,9 @@ RIVALS: dict[str, Callable[[DinoTask], Callable[[Crops], None]]] = {
 }
 
 
+COUNTED = ("original, fp32", "dino_kd, bf16")  # each is a process of its own
+
+
 def measure_time(size: str, batch: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of processor time of every rival, in rounds of one step each."""
     torch.set_num_threads(1)
@@ -196,12 +201,13 @@ class Counting(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def measure_memory(size: str, batch: int, name: str) -> str:
+def measure_memory(size: str, batch: int, name: str) -> tuple[float, int, int]:
     """Peak resident MB of a fresh process that takes two steps; launches and reads of a third."""
     words = ["--size", size, "--batch", str(batch), "--peak-of", name]
     command = [sys.executable, __file__, *words]
     made = subprocess.run(command, check=True, capture_output=True, text=True)
-    return made.stdout.splitlines()[-1]
+    peak, launches, reads = made.stdout.splitlines()[-1].split()
+    return float(peak), int(launches), int(reads)
 
 
 def peak_of(size: str, batch: int, name: str) -> None:
@@ -211,7 +217,7 @@ def peak_of(size: str, batch: int, name: str) -> None:
         step(make_crops(size, batch))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with Counting() as counting:
-        step(make_crops(size, batch))
+        step(make_crops(size, 2))  # as many operations as for a large batch
     print(peak, counting.launches, counting.reads)
 
 
@@ -219,8 +225,10 @@ def main() -> None:
     """A table of times, ratios and peaks for each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, help="one size only")
-    parser.add_argument("--batch", type=int, help="images a step; default 16 and 4")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--batch", type=int, help="images a step; default 16 and 4, memory 64 and 8"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="0: memory and counts only")
     parser.add_argument("--peak-of", choices=RIVALS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.peak_of:
@@ -229,24 +237,38 @@ def main() -> None:
     if choose_precision("auto", CPU) != "bf16":
         print("this processor has no bf16: a default run takes the fp32 step")
     for size in [chosen.size] if chosen.size else SIZES:
-        batch = chosen.batch or SIZES[size][-1]
-        times = measure_time(size, batch, chosen.rounds)
-        counts = {name: measure_memory(size, batch, name).split() for name in RIVALS}
-        peaks = {name: float(found[0]) for name, found in counts.items()}
-        print(f"one step, {size}, batch {batch}, one thread")
-        for name in RIVALS:
-            same = "original, fp32" if name.endswith("fp32") else "original, bf16 autocast"
-            pairs = [
-                statistics.median(a / b for a, b in zip(times[first], times[name], strict=True))
-                for first in ("original, fp32", same)
-            ]
-            print(
-                f"  {name:<26} {statistics.median(times[name]) * 1e3:9.0f} ms  x{pairs[0]:.2f}"
-                f"  same arithmetic x{pairs[1]:.2f}  peak {peaks[name]:6.0f} MB"
-                f"  x{peaks[name] / peaks['original, fp32']:.2f}"
-                f"  launches {counts[name][1]}, reads {counts[name][2]}",
-                flush=True,
-            )
+        batch = chosen.batch or BATCH[size]
+        if chosen.rounds:
+            print(f"one step, {size}, batch {batch}, one thread", flush=True)
+            show_times(measure_time(size, batch, chosen.rounds))
+        batch = chosen.batch or FULL_BATCH[size]
+        print(f"one step, {size}, batch {batch}, a process each", flush=True)
+        show_counts({name: measure_memory(size, batch, name) for name in COUNTED})
+
+
+def show_times(times: dict[str, list[float]]) -> None:
+    """Median ms, and median ratios to the original in float32 and in the same arithmetic."""
+    for name, seconds in times.items():
+        same = "original, fp32" if name.endswith("fp32") else "original, bf16 autocast"
+        plain, equal = (
+            statistics.median(a / b for a, b in zip(times[first], seconds, strict=True))
+            for first in ("original, fp32", same)
+        )
+        print(
+            f"  {name:<26} {statistics.median(seconds) * 1e3:9.0f} ms   x{plain:.2f}"
+            f"   same arithmetic x{equal:.2f}",
+            flush=True,
+        )
+
+
+def show_counts(counts: dict[str, tuple[float, int, int]]) -> None:
+    """Peak memory and its ratio to the first, operations launched, numbers read back."""
+    first = next(iter(counts.values()))[0]
+    for name, (peak, launches, reads) in counts.items():
+        print(
+            f"  {name:<26} peak {peak:6.0f} MB   x{peak / first:.2f}   launches {launches:5d}"
+            f"   numbers read back {reads}"
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def center_and_sharpen(teacher_logits: Tensor, center: Tensor, teacher_temp: flo
         center: ``[K]``, the running mean of teacher logits.
         teacher_temp: temperature tau_t > 0.
     """
-    return F.softmax((teacher_logits.detach().float() - center) / teacher_temp, dim=-1)
+    centred = teacher_logits.detach().float() - center  # [..., K]
+    return F.softmax(centred.div_(teacher_temp), dim=-1)
 
 
 def dino_cross_entropy(
@@ -121,8 +122,8 @@ def _terms(logits: Tensor, targets: Tensor, count: int, temp: float) -> tuple[Te
     probs = torch.softmax(scaled, -1)
     # The largest logit and its probability give the normaliser without another pass of exp.
     normaliser = scaled.amax(-1) - probs.amax(-1).log()  # [...]
-    total = count * normaliser.sum() - (scaled * targets).sum()
-    return total, probs.mul_(count * _HEADROOM).sub_(targets, alpha=_HEADROOM)
+    terms = count * normaliser - (scaled * targets).sum(-1)  # [...]
+    return terms.sum(), probs.mul_(count * _HEADROOM).sub_(targets, alpha=_HEADROOM)
 
 
 class Center(nn.Module):
@@ -148,8 +149,8 @@ class Center(nn.Module):
     @torch.no_grad()
     def observe(self, teacher_logits: Tensor) -> None:
         """Add logits ``[..., K]`` to the mean of the coming commit."""
-        flat = teacher_logits.detach().float().flatten(0, -2)
-        self.total += flat.sum(0)
+        flat = teacher_logits.detach().flatten(0, -2)
+        self.total += flat.sum(0, dtype=torch.float32)
         self.count += len(flat)
 
     @torch.no_grad()
