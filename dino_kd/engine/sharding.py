@@ -8,7 +8,7 @@ number of processes, one included, can go on from it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -53,26 +53,27 @@ def check_blocks(backbone: Backbone) -> None:
         )
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
-    """Share the parameters of a backbone or head out over all processes, in place.
+def shard(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Share the parameters of backbones and heads out over all processes, in place.
 
     Each transformer block is gathered, used and dropped by itself; what lies outside the blocks
-    (embeddings, norms, all of a head) is gathered by calling `module`. Nothing may read the
+    (embeddings, norms, all of a head) is gathered by calling the module. Nothing may read the
     parameters outside of such a call but in slices. They reach `device` a block at a time, so that
     the whole network need not fit on it. Buffers stay whole.
 
     Args:
-        module: the same on every process. Optimisers are made afterwards.
+        modules: the same on every process. Optimisers are made afterwards.
         device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    # Before FSDP2's own hook, which an in-place operation on a view would undo.
-    module.register_forward_hook(lambda _, inputs, output: _no_view(output))
-    for unit in [*_blocks(module), module]:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
+    for module in modules:
+        # Before FSDP2's own hook, which an in-place operation on a view would undo.
+        module.register_forward_hook(lambda _, inputs, output: _no_view(output))
+        for unit in [*_blocks(module), module]:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -97,7 +98,7 @@ class WholeCopy:
     """Makes the whole network out of a sharded one, for what calls it between training steps.
 
     Such passes (features for k-NN) differ in number from process to process, and must not wait for
-    each other; so the parameters are gathered once, before.
+    each other; so the parameters are gathered once, before. Meanwhile every process holds them all.
 
     Args:
         module: not sharded yet; only its shapes and buffers are kept.

@@ -63,9 +63,8 @@ def make_task(**head):
 
 
 def share_out(task):
-    for network in (task.student, task.teacher):
-        sharding.shard(network.backbone, CPU)
-        sharding.shard(network.head, CPU)
+    student, teacher = task.student, task.teacher
+    sharding.shard([student.backbone, student.head, teacher.backbone, teacher.head], CPU)
     return task.to(CPU)
 
 
