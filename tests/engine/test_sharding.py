@@ -27,11 +27,11 @@ SCENARIOS = {
     "plain": {"steps": 20},
     "accumulate": {"accumulate": 2},
     "clipped": {"clip_grad": 0.05, "bad_step": 5},
-    "unclipped": {"clip_grad": 0.0},
     "sgd": {"optimizer": "sgd", "steps": 5},
     "lars": {"optimizer": "lars", "steps": 5},
     # sgd: Adam would blow up the rounding of biases whose gradient a batch norm makes zero
     "batch_norm": {"batch_norm": True, "unit_prototypes": False, "optimizer": "sgd", "steps": 5},
+    "recompute": {"recompute": True, "steps": 5},
     "bf16": {"precision": "bf16", "steps": 4},
 }
 
@@ -52,10 +52,12 @@ class Rows:
         pass
 
 
-def make_task(**head):
+def make_task(recompute=False, **head):
     torch.manual_seed(0)
     args = {"depth": 2, "embed_dim": 24, "num_heads": 2}
     backbone = create_backbone("vit_tiny_patch16_224", img_size=16, patch_size=4, args=args)
+    if recompute:  # blocks run once more within the backward pass
+        backbone.net.set_grad_checkpointing(True)
     return DinoTask(
         backbone,
         DINOHead(24, 32, hidden_dim=16, bottleneck_dim=8, num_layers=2, **head),
@@ -123,8 +125,8 @@ def outcome(task, rows, optim):
             "skipped": [r["skipped_steps"] for r in rows], **state}  # fmt: skip
 
 
-def head_options(scenario):
-    names = ("batch_norm", "unit_prototypes")
+def network_options(scenario):
+    names = ("batch_norm", "unit_prototypes", "recompute")
     return {k: v for k, v in scenario.items() if k in names}, {
         k: v for k, v in scenario.items() if k not in names
     }
@@ -134,7 +136,7 @@ def on_each_rank(folder, rank):
     with process_group("cpu"):
         found = {}
         for name, scenario in SCENARIOS.items():
-            head, options = head_options(scenario)
+            head, options = network_options(scenario)
             for mode, place in (("ddp", lambda task: task), ("sharded", share_out)):
                 task = place(make_task(**head))
                 rows, task, optim = train(task, **options)
@@ -186,12 +188,13 @@ def found(tmp_path_factory):
 
 
 def alone(name):
-    head, options = head_options(SCENARIOS[name])
+    head, options = network_options(SCENARIOS[name])
     rows, task, optim = train(make_task(**head), **options)
     return outcome(task, rows, optim)
 
 
-def assert_same(found, expected, rtol=1e-4, atol=1e-5):
+def assert_same(found, expected, rtol=1e-4, atol=1e-4):
+    """Weights to a tenth of one step of Adam, which turns rounding into steps of its own."""
     for kind in ("loss", "norm", "skipped"):
         assert found[kind] == pytest.approx(expected[kind], rel=rtol, nan_ok=True), kind
     assert found["task"].keys() == expected["task"].keys()
@@ -205,7 +208,7 @@ def assert_same(found, expected, rtol=1e-4, atol=1e-5):
 def test_sharded_steps_equal_ddp_and_one_process(found, name):
     """Losses, gradient norms, student, teacher and centre, up to the order of additions."""
     assert_same(found[0][name, "sharded"], found[0][name, "ddp"])
-    assert_same(found[0][name, "sharded"], alone(name), rtol=1e-3, atol=1e-4)
+    assert_same(found[0][name, "sharded"], alone(name), rtol=1e-3)
 
 
 def test_batch_norm_statistics_equal_those_of_ddp(found):
