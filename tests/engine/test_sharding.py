@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from dino_kd.data.multicrop import Crops
 from dino_kd.distributed import local_part, process_group, rank, world_size
@@ -17,7 +18,7 @@ from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.tasks.dino import DinoTask
-from tests.two_ranks import on_two_ranks
+from tests.two_ranks import cpus_can_shard, on_two_ranks
 
 pytestmark = pytest.mark.dist
 CPU = torch.device("cpu")
@@ -134,6 +135,8 @@ def network_options(scenario):
 
 def on_each_rank(folder, rank):
     with process_group("cpu"):
+        if not cpus_can_shard():
+            return
         found = {}
         for name, scenario in SCENARIOS.items():
             head, options = network_options(scenario)
@@ -184,6 +187,8 @@ def whole_copies():
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     on_two_ranks(functools.partial(on_each_rank, folder))
+    if not list(folder.iterdir()):
+        pytest.skip("this version of PyTorch cannot shard on CPUs")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -290,15 +295,15 @@ def test_a_single_process_cannot_share():
 
 def test_what_cannot_be_sharded_is_said(monkeypatch):
     monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding, "_averages", lambda device: True)
     sharding.check_sharding("bf16", CPU)
     with pytest.raises(ConfigError, match=r"optim.shard: with optim.precision=fp16 .* use bf16"):
         sharding.check_sharding("fp16", torch.device("cuda"))
-    monkeypatch.delattr(torch.cpu.Stream, "record_event")
-    with pytest.raises(ConfigError, match=r"on CPUs needs PyTorch 2\.\d or newer, this is"):
+    monkeypatch.setattr(sharding, "_averages", lambda device: False)
+    with pytest.raises(ConfigError, match=r"optim.shard: PyTorch .* cannot average .* on cpu"):
         sharding.check_sharding("fp32", CPU)
-    sharding.check_sharding("fp32", torch.device("cuda"))
-    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
-    with pytest.raises(ConfigError, match=r"needs PyTorch 2\.6 or newer, this is"):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    with pytest.raises(ConfigError, match=r"needs PyTorch 2\.7 or newer, this is 2\.6\.0"):
         sharding.check_sharding("fp32", torch.device("cuda"))
 
 
