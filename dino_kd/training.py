@@ -186,9 +186,8 @@ def place(task: DinoTask, settings: PretrainConfig, device: torch.device) -> Who
         return None
     check_blocks(task.student.backbone)
     whole_teacher = WholeCopy(task.teacher.backbone)
-    for network in (task.student, task.teacher):
-        shard(network.backbone, device)
-        shard(network.head, device)
+    student, teacher = task.student, task.teacher
+    shard([student.backbone, student.head, teacher.backbone, teacher.head], device)
     task.to(device)  # what is left: the centre
     return whole_teacher
 

@@ -17,7 +17,7 @@ from dino_kd.pretrain import pretrain
 from dino_kd.pretrained import load_backbone
 from dino_kd.schema import PretrainConfig
 from tests.tiny import TINY, read_metrics, without_times, write_images
-from tests.two_ranks import on_two_ranks
+from tests.two_ranks import cpus_can_shard, on_two_ranks
 
 RECIPE = [*TINY, "model.drop_path=0", "log.save_every=4", "log.keep_checkpoints=5"]
 MONITOR = ["monitor.every=4", "monitor.k=1", "monitor.max_images=5"]
@@ -40,6 +40,8 @@ def both_ways(folder, rank):
     """Two processes: sharded and not, and each continued from step 4 in both ways."""
     cnn = ["model.backbone=resnet18_cifar", "model.args={}", "model.patch_size=null"]
     with process_group("cpu"):
+        if not cpus_can_shard():
+            return
         with pytest.raises(ConfigError, match=r"optim\.shard: resnet18_cifar has no transformer"):
             run(folder, "cnn", "optim.shard=true", *cnn)
         run(folder, "sharded", "optim.shard=true")
@@ -59,6 +61,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder / "images")
     on_two_ranks(functools.partial(both_ways, folder))
+    if not (folder / "sharded").exists():
+        pytest.skip("this version of PyTorch cannot shard on CPUs")
     run(folder, "alone")
     cut_short(folder, "sharded", "alone_from_sharded")
     run(folder, "alone_from_sharded", "resume=true", "optim.shard=false")

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 
+from dino_kd.engine.sharding import check_sharding
+from dino_kd.errors import ConfigError
+
 
 def on_two_ranks(work: Callable[[int], None]) -> None:
     """Call ``work(rank)`` in two processes; what fails in one fails here.
@@ -20,6 +23,17 @@ def on_two_ranks(work: Callable[[int], None]) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(_as_rank, (work, port), nprocs=2)
+
+
+def cpus_can_shard() -> bool:
+    """Called within the group; False on versions of PyTorch whose gloo is known not to be able."""
+    try:
+        check_sharding("fp32", torch.device("cpu"))
+    except ConfigError:
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14):
+            raise
+        return False
+    return True
 
 
 def _as_rank(rank: int, work: Callable[[int], None], port: int) -> None:

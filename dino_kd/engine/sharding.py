@@ -8,10 +8,11 @@ number of processes, one included, can go on from it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dino_kd.distributed import is_main_process, is_sharded_tensor, world_size
@@ -19,10 +20,16 @@ from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import Backbone
 
 T = TypeVar("T")
+# 2.6 takes a second forward pass before the backward one, of the local crops, for a change of the
+# weights that the first one used.
+_NEEDED = "2.7"
 
 
 def check_sharding(precision: str, device: torch.device) -> None:
-    """Raise ConfigError where this job cannot share a network out, before anything is built."""
+    """Raise ConfigError where this job cannot share a network out, before anything is built.
+
+    Every process must call this.
+    """
     if world_size() == 1:
         raise ConfigError(
             "optim.shard: a network is shared out over several processes, and this job is a "
@@ -34,13 +41,15 @@ def check_sharding(precision: str, device: torch.device) -> None:
             "optim.shard: with optim.precision=fp16 the processes would not agree on the scale of "
             "the loss; use bf16 or fp32, or optim.shard=false"
         )
-    needed = "" if _has_fsdp2() else "needs PyTorch 2.6"
-    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-        needed = needed or "on CPUs needs PyTorch 2.7"
-    if needed:
+    if torch.__version__ < _NEEDED:
         raise ConfigError(
-            f"optim.shard: {needed} or newer, this is {torch.__version__}; update it, or set "
-            "optim.shard=false"
+            f"optim.shard: needs PyTorch {_NEEDED} or newer, this is {torch.__version__}; update "
+            "it, or set optim.shard=false"
+        )
+    if not _averages(device):
+        raise ConfigError(
+            f"optim.shard: PyTorch {torch.__version__} cannot average gradients over slices on "
+            f"{device.type} devices; update it (2.14 can, on CPUs too), or set optim.shard=false"
         )
 
 
@@ -53,26 +62,27 @@ def check_blocks(backbone: Backbone) -> None:
         )
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
-    """Share the parameters of a backbone or head out over all processes, in place.
+def shard(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Share the parameters of backbones and heads out over all processes, in place.
 
     Each transformer block is gathered, used and dropped by itself; what lies outside the blocks
-    (embeddings, norms, all of a head) is gathered by calling `module`. Nothing may read the
+    (embeddings, norms, all of a head) is gathered by calling the module. Nothing may read the
     parameters outside of such a call but in slices. They reach `device` a block at a time, so that
     the whole network need not fit on it. Buffers stay whole.
 
     Args:
-        module: the same on every process. Optimisers are made afterwards.
+        modules: the same on every process. Optimisers are made afterwards.
         device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    # Before FSDP2's own hook, which an in-place operation on a view would undo.
-    module.register_forward_hook(lambda _, inputs, output: _no_view(output))
-    for unit in [*_blocks(module), module]:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
+    for module in modules:
+        # Before FSDP2's own hook, which an in-place operation on a view would undo.
+        module.register_forward_hook(lambda _, inputs, output: _no_view(output))
+        for unit in [*_blocks(module), module]:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -97,7 +107,7 @@ class WholeCopy:
     """Makes the whole network out of a sharded one, for what calls it between training steps.
 
     Such passes (features for k-NN) differ in number from process to process, and must not wait for
-    each other; so the parameters are gathered once, before.
+    each other; so the parameters are gathered once, before. Meanwhile every process holds them all.
 
     Args:
         module: not sharded yet; only its shapes and buffers are kept.
@@ -164,10 +174,15 @@ def optimizer_slices(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     return {**state, "state": cut}
 
 
-def _has_fsdp2() -> bool:
-    import torch.distributed.fsdp
+def _averages(device: torch.device) -> bool:
+    """Whether the mean that FSDP2 asks for is one; every process must call this.
 
-    return hasattr(torch.distributed.fsdp, "fully_shard")
+    Tried out, since the gloo of some versions (2.7) gives the sum without a word.
+    """
+    mean = torch.zeros(1, device=device)
+    ones = torch.ones(world_size(), device=device)
+    dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
+    return mean.item() == 1.0
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

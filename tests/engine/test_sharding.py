@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from dino_kd.data.multicrop import Crops
 from dino_kd.distributed import local_part, process_group, rank, world_size
@@ -17,7 +18,7 @@ from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.tasks.dino import DinoTask
-from tests.two_ranks import on_two_ranks
+from tests.two_ranks import cpus_can_shard, on_two_ranks
 
 pytestmark = pytest.mark.dist
 CPU = torch.device("cpu")
@@ -27,12 +28,11 @@ SCENARIOS = {
     "plain": {"steps": 20},
     "accumulate": {"accumulate": 2},
     "clipped": {"clip_grad": 0.05, "bad_step": 5},
-    # sgd: Adam would blow up the rounding of key biases, whose gradient is zero
-    "unclipped": {"clip_grad": 0.0, "optimizer": "sgd", "steps": 5},
     "sgd": {"optimizer": "sgd", "steps": 5},
     "lars": {"optimizer": "lars", "steps": 5},
     # sgd: Adam would blow up the rounding of biases whose gradient a batch norm makes zero
     "batch_norm": {"batch_norm": True, "unit_prototypes": False, "optimizer": "sgd", "steps": 5},
+    "recompute": {"recompute": True, "steps": 5},
     "bf16": {"precision": "bf16", "steps": 4},
 }
 
@@ -53,10 +53,12 @@ class Rows:
         pass
 
 
-def make_task(**head):
+def make_task(recompute=False, **head):
     torch.manual_seed(0)
     args = {"depth": 2, "embed_dim": 24, "num_heads": 2}
     backbone = create_backbone("vit_tiny_patch16_224", img_size=16, patch_size=4, args=args)
+    if recompute:  # blocks run once more within the backward pass
+        backbone.net.set_grad_checkpointing(True)
     return DinoTask(
         backbone,
         DINOHead(24, 32, hidden_dim=16, bottleneck_dim=8, num_layers=2, **head),
@@ -64,9 +66,8 @@ def make_task(**head):
 
 
 def share_out(task):
-    for network in (task.student, task.teacher):
-        sharding.shard(network.backbone, CPU)
-        sharding.shard(network.head, CPU)
+    student, teacher = task.student, task.teacher
+    sharding.shard([student.backbone, student.head, teacher.backbone, teacher.head], CPU)
     return task.to(CPU)
 
 
@@ -125,8 +126,8 @@ def outcome(task, rows, optim):
             "skipped": [r["skipped_steps"] for r in rows], **state}  # fmt: skip
 
 
-def head_options(scenario):
-    names = ("batch_norm", "unit_prototypes")
+def network_options(scenario):
+    names = ("batch_norm", "unit_prototypes", "recompute")
     return {k: v for k, v in scenario.items() if k in names}, {
         k: v for k, v in scenario.items() if k not in names
     }
@@ -134,9 +135,11 @@ def head_options(scenario):
 
 def on_each_rank(folder, rank):
     with process_group("cpu"):
+        if not cpus_can_shard():
+            return
         found = {}
         for name, scenario in SCENARIOS.items():
-            head, options = head_options(scenario)
+            head, options = network_options(scenario)
             for mode, place in (("ddp", lambda task: task), ("sharded", share_out)):
                 task = place(make_task(**head))
                 rows, task, optim = train(task, **options)
@@ -184,16 +187,19 @@ def whole_copies():
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     on_two_ranks(functools.partial(on_each_rank, folder))
+    if not list(folder.iterdir()):
+        pytest.skip("this version of PyTorch cannot shard on CPUs")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def alone(name):
-    head, options = head_options(SCENARIOS[name])
+    head, options = network_options(SCENARIOS[name])
     rows, task, optim = train(make_task(**head), **options)
     return outcome(task, rows, optim)
 
 
-def assert_same(found, expected, rtol=1e-4, atol=1e-5):
+def assert_same(found, expected, rtol=1e-4, atol=1e-4):
+    """Weights to a tenth of one step of Adam, which turns rounding into steps of its own."""
     for kind in ("loss", "norm", "skipped"):
         assert found[kind] == pytest.approx(expected[kind], rel=rtol, nan_ok=True), kind
     assert found["task"].keys() == expected["task"].keys()
@@ -207,7 +213,7 @@ def assert_same(found, expected, rtol=1e-4, atol=1e-5):
 def test_sharded_steps_equal_ddp_and_one_process(found, name):
     """Losses, gradient norms, student, teacher and centre, up to the order of additions."""
     assert_same(found[0][name, "sharded"], found[0][name, "ddp"])
-    assert_same(found[0][name, "sharded"], alone(name), rtol=1e-3, atol=1e-4)
+    assert_same(found[0][name, "sharded"], alone(name), rtol=1e-3)
 
 
 def test_batch_norm_statistics_equal_those_of_ddp(found):
@@ -289,15 +295,15 @@ def test_a_single_process_cannot_share():
 
 def test_what_cannot_be_sharded_is_said(monkeypatch):
     monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding, "_averages", lambda device: True)
     sharding.check_sharding("bf16", CPU)
     with pytest.raises(ConfigError, match=r"optim.shard: with optim.precision=fp16 .* use bf16"):
         sharding.check_sharding("fp16", torch.device("cuda"))
-    monkeypatch.delattr(torch.cpu.Stream, "record_event")
-    with pytest.raises(ConfigError, match=r"on CPUs needs PyTorch 2\.\d or newer, this is"):
+    monkeypatch.setattr(sharding, "_averages", lambda device: False)
+    with pytest.raises(ConfigError, match=r"optim.shard: PyTorch .* cannot average .* on cpu"):
         sharding.check_sharding("fp32", CPU)
-    sharding.check_sharding("fp32", torch.device("cuda"))
-    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
-    with pytest.raises(ConfigError, match=r"needs PyTorch 2\.6 or newer, this is"):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    with pytest.raises(ConfigError, match=r"needs PyTorch 2\.7 or newer, this is 2\.6\.0"):
         sharding.check_sharding("fp32", torch.device("cuda"))
 
 
