@@ -92,12 +92,14 @@ def near_copies(count, distance):
 @pytest.mark.parametrize("count", [30, 90, 600])
 def test_near_copies_below_the_resolution_of_bf16_are_told_apart(count):
     query, bank = near_copies(count, distance=5e-2)
-    _, expected = by_float64(query, bank, 20)
+    cosine, _ = by_float64(query, bank, 20)
+    assert cosine[0, 0] - cosine[0, -1] < 2**-8  # bf16 resolves no more
     _, _, is_certain = search_coarsely(query, bank, 20)
     # more near copies than candidates: the 20 nearest may hide among those left out
     assert is_certain.tolist() == [count < candidates_for(20)]
     _, index = search(query, bank, 20, coarse=True)
-    assert torch.equal(index, expected)
+    assert (all_cosines(query, bank).gather(1, index) - cosine).abs().max() < 3e-7
+    assert len(index.unique()) == 20
 
 
 @pytest.mark.parametrize("copies", [5, 60, 500])
