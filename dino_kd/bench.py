@@ -87,7 +87,7 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
 
 def measure_all(training: Training) -> dict[str, Any]:
     """All numbers as they are written to bench.json."""
-    settings, device, setup = training.settings, training.device, training.setup()
+    settings, device, precision = training.settings, training.device, training.options.precision
     with contextlib.closing(training.batches()) as batches:
         loader, held = measure_loader(batches, training)
     if device.type == "cuda":
@@ -96,7 +96,7 @@ def measure_all(training: Training) -> dict[str, Any]:
     flops = count_flops(lambda: training.run(itertools.cycle(held), steps=1))
     with contextlib.closing(training.batches()) as batches:
         both = training.measure(batch.crops for batch in batches)
-    peak = peak_of(device, training.options.precision)
+    peak = peak_of(device, precision)
     speed = Speed(
         loader=loader,
         step=alone.images_per_s,
@@ -104,7 +104,7 @@ def measure_all(training: Training) -> dict[str, Any]:
         waiting=both.waiting,
         mfu=flops * alone.images_per_s / settings.optim.batch_size / peak.flops,
     )
-    kind, sentence = bottleneck(speed, setup)
+    kind, sentence = bottleneck(speed, Setup(device, precision, loading_advice(settings)))
     return {
         "images_per_s": {"loader": loader, "step": speed.step, "together": speed.together},
         "waiting": speed.waiting,
@@ -116,12 +116,26 @@ def measure_all(training: Training) -> dict[str, Any]:
         "sentence": sentence,
         "processes": world_size(),
         "device": device_name(device),
-        "precision": setup.precision,
+        "precision": precision,
         "threads": torch.get_num_threads(),
-        "num_workers": setup.num_workers,
+        "num_workers": training.num_workers,
         "torch": torch.__version__,
         "settings": settings.model_dump(mode="json", exclude={"run_dir", "resume"}),
     }
+
+
+def loading_advice(settings: BenchConfig) -> str:
+    """What to change when training waits for its images, the cheapest first."""
+    workers = loader_processes(settings.data.num_workers, processes_here())
+    most = loader_processes("auto", processes_here())
+    more = [f"raise data.num_workers from {workers} to {most}"] if workers < most else []
+    return "; ".join(
+        [
+            *more,
+            "make fewer or smaller crops (crops.num_local_crops, crops.global_size)",
+            "store the images at a smaller size, or use a machine with more cores",
+        ]
+    )
 
 
 def _hush(*words: object) -> None:
@@ -158,15 +172,10 @@ class Training:
         """The loader as a pretraining starts it."""
         return training_batches(self.settings, self.dataset, self.plan, 0, self.device)
 
-    def setup(self) -> Setup:
-        """What the sentence about the speed must know."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        return Setup(
-            device=self.device,
-            precision=self.options.precision,
-            num_workers=loader_processes(self.settings.data.num_workers, processes_here()),
-            cores=max(1, (cores or os.cpu_count() or 1) // processes_here()),
-        )
+    @property
+    def num_workers(self) -> int:
+        """Loaders of one process."""
+        return loader_processes(self.settings.data.num_workers, processes_here())
 
     def run(
         self, crops: Iterable[Crops], *, steps: int, after_step: Callable[[], object] = lambda: None
@@ -276,7 +285,7 @@ def measure_loader(batches: Iterator[CropBatch], training: Training) -> tuple[fl
     each of them has.
     """
     wanted = training.settings.bench
-    clock = _Clock(max(wanted.warmup, training.setup().num_workers), wanted.seconds)
+    clock = _Clock(max(wanted.warmup, training.num_workers), wanted.seconds)
     held: list[Crops] = []
     for batch in batches:
         if len(held) < _HELD:
