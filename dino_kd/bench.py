@@ -75,7 +75,7 @@ def bench(settings: BenchConfig) -> dict[str, Any]:
 
 def measure_all(timed: Timed) -> dict[str, Any]:
     """All numbers as they are written to bench.json."""
-    settings, device, setup = timed.training.settings, timed.device, timed.setup()
+    settings, device, precision = timed.training.settings, timed.device, timed.options.precision
     with contextlib.closing(timed.batches()) as batches:
         loader, held = measure_loader(batches, timed)
     if device.type == "cuda":
@@ -84,7 +84,7 @@ def measure_all(timed: Timed) -> dict[str, Any]:
     flops = count_flops(lambda: timed.run(itertools.cycle(held), steps=1))
     with contextlib.closing(timed.batches()) as batches:
         both = timed.measure(batch.crops for batch in batches)
-    peak = peak_of(device, timed.options.precision)
+    peak = peak_of(device, precision)
     speed = Speed(
         loader=loader,
         step=alone.images_per_s,
@@ -92,7 +92,7 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         waiting=both.waiting,
         mfu=flops * alone.images_per_s / settings.optim.batch_size / peak.flops,
     )
-    kind, sentence = bottleneck(speed, setup)
+    kind, sentence = bottleneck(speed, Setup(device, precision, loading_advice(settings)))
     return {
         "images_per_s": {"loader": loader, "step": speed.step, "together": speed.together},
         "waiting": speed.waiting,
@@ -104,12 +104,26 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         "sentence": sentence,
         "processes": world_size(),
         "device": device_name(device),
-        "precision": setup.precision,
+        "precision": precision,
         "threads": torch.get_num_threads(),
-        "num_workers": setup.num_workers,
+        "num_workers": training.num_workers,
         "torch": torch.__version__,
         "settings": settings.model_dump(mode="json", exclude={"run_dir", "resume"}),
     }
+
+
+def loading_advice(settings: BenchConfig) -> str:
+    """What to change when training waits for its images, the cheapest first."""
+    workers = loader_processes(settings.data.num_workers, processes_here())
+    most = loader_processes("auto", processes_here())
+    more = [f"raise data.num_workers from {workers} to {most}"] if workers < most else []
+    return "; ".join(
+        [
+            *more,
+            "make fewer or smaller crops (crops.num_local_crops, crops.global_size)",
+            "store the images at a smaller size, or use a machine with more cores",
+        ]
+    )
 
 
 def _hush(*words: object) -> None:
@@ -145,16 +159,10 @@ class Timed:
         """The loader as a pretraining starts it."""
         return self.training.batches(0)
 
-    def setup(self) -> Setup:
-        """What the sentence about the speed must know."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        workers = self.training.settings.data.num_workers
-        return Setup(
-            device=self.device,
-            precision=self.options.precision,
-            num_workers=loader_processes(workers, processes_here()),
-            cores=max(1, (cores or os.cpu_count() or 1) // processes_here()),
-        )
+    @property
+    def num_workers(self) -> int:
+        """Loaders of one process."""
+        return loader_processes(self.training.settings.data.num_workers, processes_here())
 
     def run(
         self, crops: Iterable[Crops], *, steps: int, after_step: Callable[[], object] = lambda: None
@@ -249,7 +257,7 @@ def measure_loader(batches: Iterator[CropBatch], timed: Timed) -> tuple[float, l
     each of them has.
     """
     wanted = timed.wanted
-    clock = _Clock(max(wanted.warmup, timed.setup().num_workers), wanted.seconds)
+    clock = _Clock(max(wanted.warmup, timed.num_workers), wanted.seconds)
     held: list[Crops] = []
     for batch in batches:
         if len(held) < _HELD:

@@ -42,9 +42,10 @@ def search(
     float32 resolves (about 1e-7).
 
     Working memory is about ``8 * query_chunk * bank_chunk`` bytes plus one normalised bank chunk;
-    with `coarse` half of that, plus one and a half bank chunks.
-    Among equal similarities the lower index comes first, at place k too; rows that are copies of
-    each other count as equal as far as the matrix product rounds them alike.
+    with `coarse` a quarter of that, half a bank chunk, and 12 bytes for each candidate of
+    each query.
+    Among equal similarities the lower index comes first, at place k too. Rows that are copies of
+    each other are equal with `coarse`, without it as far as the matrix product rounds them alike.
 
     Args:
         queries: ``[Q, D]``, any length and dtype.

@@ -57,13 +57,20 @@ def slow_loader(monkeypatch):
 
 @pytest.fixture
 def slow_step(monkeypatch):
-    real = DinoTask.after_step
+    """And a loader that makes one batch and gives it again and again."""
+    real, loader = DinoTask.after_step, story.Timed.batches
+
+    def repeatedly(self):
+        first = next(loader(self))
+        while True:
+            yield first
 
     def slowly(self, *args, **more):
-        time.sleep(0.4)
+        time.sleep(0.2)
         real(self, *args, **more)
 
     monkeypatch.setattr(DinoTask, "after_step", slowly)
+    monkeypatch.setattr(story.Timed, "batches", repeatedly)
 
 
 @pytest.mark.usefixtures("quick_peak", "slow_loader")
@@ -76,12 +83,19 @@ def test_a_slow_loader_is_found(images):
     assert rates["together"] < 16 / 0.2 < rates["step"]
 
 
+def test_free_cores_are_named_before_anything_else(images, monkeypatch):
+    monkeypatch.setattr(story, "loader_processes", lambda wanted, _: 7 if wanted == "auto" else 0)
+    assert story.loading_advice(settings(images)).startswith("raise data.num_workers from 0 to 7")
+    every = settings(images, "data.num_workers=auto")
+    assert "num_workers" not in story.loading_advice(every)
+
+
 @pytest.mark.usefixtures("quick_peak", "slow_step")
 def test_a_slow_step_is_found(images):
     numbers = bench(settings(images))
     assert numbers["bottleneck"] == "step"
-    assert numbers["waiting"] < 0.4
-    assert numbers["images_per_s"]["step"] < 16 / 0.4 < numbers["images_per_s"]["loader"]
+    assert numbers["waiting"] < 0.2
+    assert numbers["images_per_s"]["step"] < 16 / 0.2 < numbers["images_per_s"]["loader"]
 
 
 @pytest.mark.usefixtures("quick_peak")

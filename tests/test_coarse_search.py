@@ -91,12 +91,15 @@ def near_copies(count, distance):
 
 @pytest.mark.parametrize("count", [30, 90, 600])
 def test_near_copies_below_the_resolution_of_bf16_are_told_apart(count):
-    query, bank = near_copies(count, distance=2e-2)
-    _, expected = by_float64(query, bank, 20)
+    query, bank = near_copies(count, distance=5e-2)
+    cosine, _ = by_float64(query, bank, 20)
+    assert cosine[0, 0] - cosine[0, -1] < 2**-8  # bf16 resolves no more
     _, _, is_certain = search_coarsely(query, bank, 20)
-    assert is_certain.tolist() == [count == 30]  # else the 20 nearest may hide among the rest
+    # more near copies than candidates: the 20 nearest may hide among those left out
+    assert is_certain.tolist() == [count < candidates_for(20)]
     _, index = search(query, bank, 20, coarse=True)
-    assert torch.equal(index, expected)
+    assert (all_cosines(query, bank).gather(1, index) - cosine).abs().max() < 3e-7
+    assert len(index.unique()) == 20
 
 
 @pytest.mark.parametrize("copies", [5, 60, 500])
@@ -165,7 +168,9 @@ def test_leave_one_out_is_the_same_both_ways():
 
 def test_rescoring_sorts_by_similarity_then_index():
     bank = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
-    similarity, index = rescore(torch.tensor([[3.0, 0.0]]), bank, torch.tensor([[3, 0, 2, 1]]))
+    similarity, index = rescore(
+        torch.tensor([[3.0, 0.0]]), bank, bank.norm(dim=1), torch.tensor([[3, 0, 2, 1]])
+    )
     assert index.tolist() == [[1, 3, 2, 0]]
     assert similarity[0].tolist() == pytest.approx([1, 1, 0.5**0.5, 0])
 

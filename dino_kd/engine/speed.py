@@ -116,12 +116,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a sentence about the speed must know of the run. `cores` are of one process."""
+    """What a sentence about the speed must know; `loading_advice` makes images come faster."""
 
     device: torch.device
     precision: str
-    num_workers: int
-    cores: int
+    loading_advice: str
 
 
 def bottleneck(speed: Speed, setup: Setup) -> tuple[str, str]:
@@ -134,25 +133,16 @@ def bottleneck(speed: Speed, setup: Setup) -> tuple[str, str]:
     waiting = f"the step waits {100 * speed.waiting:.0f} % of the time"
     if speed.loader < speed.step:
         return "loader", (
-            f"The loader is the bottleneck: {numbers}, so that {waiting}; {_loader_advice(setup)}."
+            f"The loader is the bottleneck: {numbers}, so that {waiting}; {setup.loading_advice}."
         )
     if speed.waiting > _WAITS:
         return "cores", (
             f"Loader and step take cores from each other: {numbers}, but together "
-            f"{speed.together:,.4g}, and {waiting}; {_loader_advice(setup)}."
+            f"{speed.together:,.4g}, and {waiting}; {setup.loading_advice}."
         )
     return "step", (
         f"The step is the bottleneck: {numbers} ({speed.together:,.4g} together); "
         f"{_step_advice(speed, setup)}."
-    )
-
-
-def _loader_advice(setup: Setup) -> str:
-    if setup.num_workers < setup.cores - 1:
-        return f"raise data.num_workers from {setup.num_workers} to {setup.cores - 1}"
-    return (
-        f"all {setup.cores} cores of a process work for it already, so store smaller files (twice "
-        "the side of a crop is enough), lower crops.num_local_crops, or take more cores per process"
     )
 
 
