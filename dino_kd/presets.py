@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from dino_kd.distributed import processes_here
 from dino_kd.engine.loop import FitOptions
 from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine
 from dino_kd.errors import ConfigError, DataError
@@ -103,6 +104,7 @@ def fit_options(
         seed=settings.seed,
         log_every=log.log_every,
         save_every=max(1, span.steps(log.save_every)),
+        loading_advice=loading_advice(settings),
     )
 
 
@@ -208,6 +210,25 @@ def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
             "ablation (0.08); 0.04 to 0.07 is usual"
         )
     return warnings
+
+
+def loading_advice(settings: PretrainConfig | FinetuneConfig | DistillConfig) -> str:
+    """What to change when training waits for its images, the cheapest first."""
+    own = settings if isinstance(settings, FinetuneConfig) else settings.data
+    section = "" if isinstance(settings, FinetuneConfig) else "data."
+    workers = loader_processes(own.num_workers, processes_here())
+    most = loader_processes("auto", processes_here())
+    tips = []
+    if workers < most:
+        tips.append(f"raise {section}num_workers from {workers} to {most}")
+    if not isinstance(settings, FinetuneConfig) and settings.data.renderer in ("torch", "pillow"):
+        tips.append(f"set data.renderer=native, several times as fast as {settings.data.renderer}")
+    if not isinstance(settings, FinetuneConfig) and settings.data.pack == "off":
+        tips.append("set data.pack=auto, which pays for images up to 64 px and on network disks")
+    if isinstance(settings, PretrainConfig):
+        tips.append("make fewer or smaller crops (crops.num_local_crops, crops.global_size)")
+    tips.append("store the images at a smaller size, or use a machine with more cores")
+    return "; ".join(tips)
 
 
 def loader_processes(num_workers: int | str, processes_per_machine: int) -> int:

@@ -28,6 +28,7 @@ from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.multicrop import CropPolicy
+from dino_kd.data.packed import pack_folder, packed
 from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import (
@@ -123,6 +124,8 @@ def pretrain(settings: PretrainConfig) -> Path:
             log.warn(line)
 
         # Build what trains.
+        data = settings.data
+        dataset = packed(dataset, data.pack, limit_gb=data.pack_limit, say=log.say)
         head = task.student.head
         groups = parameter_groups(task.student, head.prototype_parameters())
         optimizer = make_optimizer(
@@ -200,6 +203,7 @@ def training_images(settings: PretrainConfig) -> ImageDataset:
     )
     refuse_run_inside(settings.run_dir, data.train)
     check_readable(dataset, "data.train")
+    pack_folder(data.pack)  # a mistake in it is told now
     return dataset
 
 
@@ -302,6 +306,7 @@ def training_batches(
         world_size=world_size(),
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
+        workers=settings.data.workers,
         renderer=make_renderer(settings.data.renderer),
     )
 

@@ -163,6 +163,15 @@ def test_loader_processes_and_micro_batches_keep_the_run(images, tmp_path, whole
         )
 
 
+@pytest.mark.parametrize("workers", ["threads", "processes"])
+def test_packed_images_and_either_kind_of_workers_keep_the_run(images, tmp_path, whole, workers):
+    more = [f"data.pack={tmp_path}/packs", "data.num_workers=2", f"data.workers={workers}"]
+    run = pretrain(settings(images, tmp_path / "packed", *more))
+    assert_same_run(run, whole)
+    log = (run / "train.log").read_text()
+    assert "data.pack: packing 40 images" in log
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -431,6 +440,7 @@ BAD = {
         ["monitor.train={images}", "monitor.test={renamed}"],
         "classes that the training images lack",
     ),
+    "pack is a file": (["data.pack={texts}/notes.txt"], "data.pack: .*is a file"),
     "run inside data": (["run_dir={images}/run"], "inside the training folder"),
 }
 

@@ -32,7 +32,10 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [H, W, C]. Raises BrokenImage when it cannot be read."""
+        """Image `index` as uint8 [H, W, C]. Raises BrokenImage when it cannot be read.
+
+        A set to train on is read by several threads at once.
+        """
 
     def path(self, index: int) -> str:
         """Where image `index` lies, for people."""
@@ -60,6 +63,11 @@ class Subset:
     def read(self, index: int) -> np.ndarray:
         """Image `index` of the subset as uint8 [H, W, C]. Raises BrokenImage."""
         return self.dataset.read(int(self.indices[index]))
+
+    def read_block(self, indices: np.ndarray) -> np.ndarray | None:
+        """Images uint8 [n, H, W, C] at once, from a set that can; else None."""
+        read_block = getattr(self.dataset, "read_block", None)
+        return None if read_block is None else read_block(self.indices[indices])
 
     def path(self, index: int) -> str:
         """Where image `index` of the subset lies."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_kd.data.fingerprint import files_fingerprint
-from dino_kd.data.images import ARRAY_EXTENSION, EXTENSIONS, decode_image
+from dino_kd.data.images import ARRAY_EXTENSION, EXTENSIONS, BrokenImage, decode_image
 from dino_kd.errors import DataError
 
 _SKIPPED_FOLDERS = ("__MACOSX",)
@@ -73,6 +73,14 @@ class FolderImages:
         """Image `index` as uint8 [H, W, C]. Raises BrokenImage."""
         return decode_image(self.path(index), self.channels)
 
+    def encoded(self, index: int) -> bytes:
+        """The file of image `index` as it is. Raises BrokenImage."""
+        return read_file(self.path(index))
+
+    def encoded_size(self, index: int) -> int:
+        """Bytes of that file. Raises OSError."""
+        return os.stat(self.path(index)).st_size  # noqa: PTH116 - once per image: fast
+
     def path(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self.root, self._paths[index])  # noqa: PTH118 - once per image: fast
@@ -121,6 +129,14 @@ class ListedImages:
         """Image `index` as uint8 [H, W, C]. Raises BrokenImage."""
         return decode_image(self.path(index), self.channels)
 
+    def encoded(self, index: int) -> bytes:
+        """The file of image `index` as it is. Raises BrokenImage."""
+        return read_file(self.path(index))
+
+    def encoded_size(self, index: int) -> int:
+        """Bytes of that file. Raises OSError."""
+        return os.stat(self.path(index)).st_size  # noqa: PTH116 - once per image: fast
+
     def path(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self._folder, self._paths[index])  # noqa: PTH118 - as above
@@ -129,6 +145,16 @@ class ListedImages:
         """Path, size and time of change of every file, and the channels."""
         paths = (self.path(index) for index in range(len(self)))
         return files_fingerprint(paths, "files", self.channels)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of an image's file. Raises BrokenImage."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise BrokenImage(path, "the file does not exist") from None
+    except OSError as error:
+        raise BrokenImage(path, (error.strerror or str(error)).lower()) from error
 
 
 def open_folder(

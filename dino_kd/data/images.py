@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dino_kd.data.jpeg import decode_plain_jpeg
+from dino_kd.data.quiet import pillow_warnings_ignored
 
 EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
@@ -68,10 +70,12 @@ def decode_image(source: bytes | str | os.PathLike[str], channels: int) -> np.nd
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if data.startswith(_NPY_MAGIC):
             return _array_file(data, channels)
-        with warnings.catch_warnings():  # a damaged EXIF block or a large picture only warns
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as picture:
-                return picture_to_array(picture, channels)
+        plain = decode_plain_jpeg(data, channels)
+        if plain is not None:
+            return plain
+        # A damaged EXIF block or a large picture only warns.
+        with pillow_warnings_ignored(), Image.open(io.BytesIO(data)) as picture:
+            return picture_to_array(picture, channels)
     except FileNotFoundError:
         raise BrokenImage(name, "the file does not exist") from None
     except Image.UnidentifiedImageError:

@@ -1,61 +1,33 @@
-"""Batches for training (multi-crop) and for evaluation (one view), by worker processes or none.
+"""Batches for training (multi-crop) and for evaluation (one view), by threads, processes or none.
 
 What a batch holds follows from (seed, step) alone, so ranks, workers and a resumed run agree.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
+from dino_kd.data.crop_maker import (
+    CropBatch,
+    CropMaker,
+    CropRequests,
+    epoch_order,
+    steps_per_epoch,
+)
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.images import BrokenImage
-from dino_kd.data.multicrop import (
-    CropPolicy,
-    Crops,
-    sample_batch,
-    stream,
-)
+from dino_kd.data.multicrop import CropPolicy
+from dino_kd.data.processes import run_in_processes
 from dino_kd.data.renderers import Renderer, make_renderer
+from dino_kd.data.threads import run_in_threads
 from dino_kd.errors import ConfigError, DataError, UserError
 
-_ORDER_KEY = 0x6F72646572  # "order": the permutation of an epoch
-_REPLACEMENT_KEY = 0x72657064  # "repl": the image that stands in for a broken one
-_MAX_REPLACEMENTS = 20
-_RENDER_TOGETHER = 2**20  # bytes of decoded images: many small ones in one call, few large ones
-_IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-
-
-@dataclass
-class CropBatch:
-    """One step's crops.
-
-    Attributes:
-        crops: The crops of B images.
-        indices: int64 [B], the images shown (a replacement stands under its own index).
-        broken: What could not be read while this batch was made.
-    """
-
-    crops: Crops
-    indices: torch.Tensor
-    broken: list[BrokenImage] = field(default_factory=list)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> CropBatch:
-        """The same batch with its crops on `device`; the indices stay where they are."""
-        return CropBatch(self.crops.to(device, non_blocking), self.indices, self.broken)
-
-    def pin_memory(self) -> CropBatch:
-        """The same batch with its crops in page-locked memory."""
-        return CropBatch(self.crops.pin_memory(), self.indices, self.broken)
+WORKERS = ("auto", "threads", "processes")
 
 
 @dataclass(frozen=True)
@@ -102,16 +74,6 @@ class EvalTransform:
         return max(height, round(image_height * scale)), max(width, round(image_width * scale))
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Full global batches in one pass over the images; the incomplete last one is dropped."""
-    return num_images // batch_size
-
-
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order of the images in `epoch`: a permutation int64 [N], drawn from (seed, epoch)."""
-    return stream(_ORDER_KEY, seed, epoch).permutation(num_images)
-
-
 def crop_batches(
     dataset: ImageDataset,
     policy: CropPolicy | Callable[[int], CropPolicy],
@@ -125,21 +87,23 @@ def crop_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     renderer: Renderer | None = None,
+    workers: str = "auto",
 ) -> Generator[CropBatch, None, None]:
     """This rank's batches of the steps `start_step` .. `total_steps` - 1.
 
     Draws from (seed, epoch, image) only; `renderer` (the fastest one when None) turns the draws
     into pixels. `policy` may be a function of the 0-based step: called here, and carried along by
-    each request. `batch_size` is global. Epoch e is one permutation; its
-    global batch t is entries t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size`
-    equal slices. One iterator runs over all steps, so loading does not pause between epochs.
-    Closing it (`close()`, or reaching the end) ends the worker processes.
+    each request. `batch_size` is global. Epoch e is one permutation; its global batch t is entries
+    t*B .. (t+1)*B of it, and rank r takes the r-th of `world_size` equal slices.
+    One iterator runs over all steps, so loading does not pause between epochs. Closing it
+    (`close()`, or reaching the end) ends the workers: `num_workers` threads or processes as
+    `worker_kind` says, which make the same bytes.
 
     A broken image is replaced by another one, drawn from (seed, epoch, image, attempt) and
     augmented with the broken one's parameters.
 
     Raises:
-        ConfigError: `batch_size` is not divisible by `world_size`.
+        ConfigError: `batch_size` is not divisible by `world_size`, or no such `workers`.
         DataError: fewer images than one batch (now); 20 replacements in a row are broken, or a
             worker process died (while iterating).
     """
@@ -153,11 +117,26 @@ def crop_batches(
             f"{dataset.spec} has {len(dataset)} images, fewer than one batch of {batch_size}. "
             f"Set optim.batch_size to {len(dataset)} or less, or add images."
         )
-    requests = _CropRequests(
+    requests = CropRequests(
         len(dataset), batch_size, seed, range(start_step, total_steps), rank, world_size, policy
     )
-    maker = _CropMaker(dataset, seed, renderer or make_renderer())
-    return _run(maker, requests, num_workers, pin_memory)
+    maker = CropMaker(dataset, seed, renderer or make_renderer())
+    if num_workers and worker_kind(workers, maker.renderer) == "threads":
+        pin = pin_memory and torch.cuda.is_available()
+        return run_in_threads(maker, requests, num_workers, pin_memory=pin)
+    return run_in_processes(maker, requests, num_workers, pin_memory)
+
+
+def worker_kind(workers: str, renderer: Renderer) -> str:
+    """What makes batches: "threads" or "processes".
+
+    auto: threads when the renderer lets go of Python's lock; with others they would take turns.
+    """
+    if workers not in WORKERS:
+        raise ConfigError(f"no workers {workers!r}; accepted are {', '.join(WORKERS)}")
+    if workers != "auto":
+        return workers
+    return "threads" if renderer.releases_gil else "processes"
 
 
 def image_batches(
@@ -177,7 +156,7 @@ def image_batches(
     """
     indices = np.asarray(indices, dtype=np.int64).reshape(-1)
     requests = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    made = _run(_ViewMaker(dataset, transform), requests, num_workers, pin_memory)
+    made = run_in_processes(_ViewMaker(dataset, transform), requests, num_workers, pin_memory)
     return _whole(made, on_broken)
 
 
@@ -193,106 +172,6 @@ def _whole(
                 yield views.images, views.indices
     finally:
         made.close()
-
-
-@dataclass(frozen=True)
-class _CropRequests:
-    """For each step: its epoch, the images of this rank, and what may happen to their crops."""
-
-    num_images: int
-    batch_size: int
-    seed: int
-    steps: range
-    rank: int
-    world_size: int
-    policy: CropPolicy | Callable[[int], CropPolicy]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, CropPolicy]]:
-        per_epoch = steps_per_epoch(self.num_images, self.batch_size)
-        share = self.batch_size // self.world_size
-        current, order = -1, np.empty(0, dtype=np.int64)
-        for step in self.steps:
-            epoch, batch = divmod(step, per_epoch)
-            if epoch != current:
-                current, order = epoch, epoch_order(self.seed, epoch, self.num_images)
-            begin = batch * self.batch_size + self.rank * share
-            policy = self.policy if isinstance(self.policy, CropPolicy) else self.policy(step)
-            yield epoch, order[begin : begin + share].copy(), policy
-
-
-@dataclass
-class _CropMaker:
-    """Makes a whole batch per request, in one buffer per crop group."""
-
-    dataset: ImageDataset
-    seed: int
-    renderer: Renderer
-
-    def __getitems__(self, request: tuple[int, np.ndarray, CropPolicy]) -> CropBatch | UserError:
-        epoch, indices, policy = request
-        shown = indices.copy()
-        crops: Crops | None = None
-        broken: list[BrokenImage] = []
-        read: list[np.ndarray] = []
-        size = 0
-        try:
-            for slot, index in enumerate(indices.tolist()):
-                image, shown[slot] = self._read(epoch, index, broken)
-                read.append(image)
-                size += image.size
-                crops = crops or _buffers(policy, len(indices), image.shape[2])
-                if slot + 1 == len(indices) or size >= _RENDER_TOGETHER:
-                    first, size = slot + 1 - len(read), 0
-                    self._render(crops, policy, read, epoch, indices[first : slot + 1], first)
-                    read.clear()
-        except UserError as error:  # carried to the main process, free of the loader's traceback
-            return error
-        assert crops is not None  # a batch has at least one image
-        return CropBatch(crops, torch.from_numpy(shown), broken)
-
-    def _render(
-        self,
-        crops: Crops,
-        policy: CropPolicy,
-        images: list[np.ndarray],
-        epoch: int,
-        indices: np.ndarray,
-        first: int,
-    ) -> None:
-        """Fill the places from `first` on with the crops of `images`."""
-        sizes = [image.shape[:2] for image in images]
-        params = sample_batch(policy, sizes, self.seed, epoch, indices)
-        buffers = crops.global_crops.numpy(), crops.local_crops.numpy()
-        self.renderer.render(images, params, *buffers, range(first, first + len(images)))
-
-    def _read(self, epoch: int, index: int, broken: list[BrokenImage]) -> tuple[np.ndarray, int]:
-        """The image, or the first readable replacement, and its index."""
-        candidate = index
-        for attempt in range(_MAX_REPLACEMENTS + 1):
-            try:
-                return self.dataset.read(candidate), candidate
-            except BrokenImage as error:
-                broken.append(BrokenImage(error.path, error.reason))  # without its traceback
-            rng = stream(_REPLACEMENT_KEY, self.seed, epoch, index, attempt)
-            candidate = int(rng.integers(len(self.dataset)))
-        raise DataError(
-            f"{self.dataset.spec}: {_MAX_REPLACEMENTS + 1} images in a row cannot be read; the "
-            f"last one is {broken[-1]}"
-        )
-
-
-def _buffers(policy: CropPolicy, batch: int, channels: int) -> Crops:
-    return Crops(
-        torch.empty(
-            (policy.num_global_crops, batch, channels, *policy.global_size), dtype=torch.uint8
-        ),
-        torch.empty(
-            (policy.num_local_crops, batch, channels, *policy.local_size), dtype=torch.uint8
-        ),
-    )
 
 
 @dataclass
@@ -337,85 +216,7 @@ class _ViewMaker:
         )
 
 
-def _run(
-    maker: Any, requests: Iterable[Any], num_workers: int, pin_memory: bool
-) -> Generator[Any, None, None]:
-    """Serve the requests in order; end the workers however the iteration ends."""
-    workers: dict[str, Any] = {}
-    if num_workers:
-        # fork shares the data set's index with the workers; elsewhere the platform's default
-        start = "fork" if sys.platform == "linux" else None
-        workers = {"multiprocessing_context": start, "worker_init_fn": _set_up_worker}
-    loader: DataLoader[Any] = DataLoader(
-        maker,
-        batch_sampler=requests,
-        collate_fn=_as_made,
-        num_workers=num_workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),  # without CUDA it only warns
-        generator=torch.Generator(),  # else each loader draws a seed from the training's generator
-        **workers,
-    )
-    with _signals_blocked():  # workers inherit this for ever, from their first instruction on
-        batches = iter(loader)
-    try:
-        while True:
-            try:
-                made = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise _worker_death(error) from error
-            if isinstance(made, UserError):
-                raise made
-            yield made
-    finally:
-        _end_workers(batches)
-
-
-def _as_made(batch: Any) -> Any:
-    return batch
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Hold back what a cluster sends to every process of a job, for processes started in here.
-
-    A worker that a signal ends between its fork and `_set_up_worker` would end the run in error.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    numbers = [getattr(signal, name) for name in _IGNORED_SIGNALS]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _set_up_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    for name in _IGNORED_SIGNALS:  # the main process decides when a run ends
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _worker_death(error: RuntimeError) -> Exception:
-    text = str(error)
-    if "DataLoader worker" not in text or "Caught" in text:
-        return error
-    return DataError(
-        "a data-loading process died; mostly that means that memory (or shared memory, /dev/shm) "
-        f"ran out. Use fewer data.num_workers or a smaller batch. torch says: {text[:200]}"
-    )
-
-
-def _end_workers(batches: Any) -> None:
-    """Stop the loader's processes now, not whenever the garbage collector comes by."""
-    processes = getattr(batches, "_workers", ())
-    shut_down = getattr(batches, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
-    for process in processes:
-        if process.is_alive():  # stuck in a read; it ignores SIGTERM, and holds nothing to save
-            process.kill()
+__all__ = [
+    "WORKERS", "CropBatch", "EvalTransform", "crop_batches", "epoch_order", "image_batches",
+    "steps_per_epoch", "worker_kind",
+]  # fmt: skip

@@ -48,6 +48,9 @@ class ViewedImages(Subset):
             self._pair = source, pair, render_crops(self._image[1], params)
         return np.ascontiguousarray(self._pair[2][member].transpose(1, 2, 0))
 
+    def read_block(self, indices: np.ndarray) -> None:
+        """Views are made one by one."""
+
     def fingerprint(self) -> str:
         """The images', and everything that shapes the views."""
         return text_fingerprint(

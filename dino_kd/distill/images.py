@@ -14,6 +14,7 @@ from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.mixing import MixPolicy, Views, draw_mix
 from dino_kd.data.multicrop import CropPolicy, supervised_policy
+from dino_kd.data.packed import pack_folder
 from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.data.splits import holdout
@@ -65,6 +66,7 @@ def open_images(
     dataset = make_dataset(data.train, channels=3, download=data.download, where="data.train")
     refuse_run_inside(settings.run_dir, data.train)
     check_readable(dataset, "data.train")
+    pack_folder(data.pack)  # a mistake in it is told now
     labels, names = _draw_labels(settings, dataset, labels_for)
     images = TrainingImages(dataset, torch.from_numpy(labels), names)
     if only_labelled:
@@ -141,6 +143,7 @@ def view_batches(
         world_size=world_size(),
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
+        workers=settings.data.workers,
         renderer=make_renderer(settings.data.renderer),
     )
     with closing(watched(batches, broken, settings.run_dir, start_step)) as seen:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.data.packed import packed
 from dino_kd.data.renderers import make_renderer
 from dino_kd.distill.cache import TeacherCache, teacher_folder
 from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
@@ -279,7 +280,10 @@ def classes_of(
 def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -> Progress:
     """All steps that are left. Raises UserError when the run ends early, after a checkpoint."""
     settings, span, task, log = lesson.settings, lesson.span, lesson.task, lesson.log
-    optim = settings.optim
+    optim, data = settings.optim, settings.data
+    lesson.images.train = packed(
+        lesson.images.train, data.pack, limit_gb=data.pack_limit, say=log.say
+    )
     optimizer = make_optimizer(optim.name, parameter_groups(task), momentum=optim.sgd_momentum)
     scaler = torch.amp.GradScaler(lesson.device.type, enabled=optim.precision == "fp16")
     state = None

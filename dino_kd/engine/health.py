@@ -29,6 +29,42 @@ def perplexity(probs: Tensor) -> Tensor:
     return torch.exp(torch.special.entr(probs.float().mean(0)).sum())
 
 
+class DataWait:
+    """Names the bottleneck, once, when training waits for its images for long enough to tell.
+
+    Stretches are added up to windows of `window` seconds. The first stretch, in which loading
+    starts and a network may be compiled, is left out.
+
+    Args:
+        advice: What to change.
+        share: Of the time, from which on it is said.
+        window: seconds.
+    """
+
+    def __init__(self, advice: str, *, share: float = 0.3, window: float = 60.0) -> None:
+        self.advice, self.share, self.window = advice, share, window
+        self._waited = self._elapsed = 0.0
+        self._is_first, self._said = True, False
+
+    def add(self, waited: float, elapsed: float) -> str:
+        """Seconds waited of those that passed since the last call; the sentence, mostly empty."""
+        if self._is_first or self._said:
+            self._is_first = False
+            return ""
+        self._waited += waited
+        self._elapsed += elapsed
+        if self._elapsed < self.window:
+            return ""
+        part = self._waited / self._elapsed
+        self._waited = self._elapsed = 0.0
+        self._said = part > self.share
+        return (
+            f"training waits for its images {part:.0%} of the time; {self.advice}"
+            if self._said
+            else ""
+        )
+
+
 class HealthMonitor:
     """A hook that reads each row of metrics and warns once, in words, about each known failure.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_kd.distributed import all_reduce_mean, all_reduce_sum, is_grouped, rank, world_size
+from dino_kd.engine.health import DataWait
 from dino_kd.engine.optim import apply_values, clip_gradients, drop_frozen_gradients
 from dino_kd.engine.precision import autocast
 from dino_kd.engine.schedules import Schedule, is_time
@@ -69,6 +70,7 @@ class FitOptions:
     seed: int = 0
     log_every: int = 10
     save_every: int = 0
+    loading_advice: str = ""  # what to change when training waits for its images
 
 
 @dataclass
@@ -122,9 +124,12 @@ class _Clock:
             "data_wait": self.waited / elapsed,
         }
 
-    def restart(self) -> None:
-        """Begin a new stretch."""
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+    def restart(self) -> tuple[float, float]:
+        """Begin a new stretch; seconds waited and passed in the old one."""
+        now = time.perf_counter()
+        stretch = self.waited, now - self.started
+        self.started, self.waited, self.steps = now, 0.0, 0
+        return stretch
 
 
 def fit(
@@ -152,7 +157,7 @@ def fit(
         Diverged: `max_bad_steps` non-finite steps in a row.
     """
     module = _data_parallel(task, options.device) if is_grouped() else task
-    clock = _Clock()
+    clock, data_wait = _Clock(), DataWait(options.loading_advice)
     for step in range(progress.step, options.total_steps):
         done = step + 1
         batch = clock.next(batches)
@@ -186,7 +191,8 @@ def fit(
         log.progress(done, options.total_steps, {"loss": loss_now, **speed})
         if row:
             log.numbers(done, {**row, **speed})
-            clock.restart()
+            if sentence := data_wait.add(*clock.restart()):
+                log.warn(f"step {done}: {sentence}")
         if progress.bad_in_a_row >= options.max_bad_steps:
             raise Diverged(_divergence_report(progress, loss_now, norm_now, options))
         if must_stop and done < options.total_steps:

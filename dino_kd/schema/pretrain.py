@@ -39,7 +39,27 @@ class DataSettings(Settings):
     )
     num_workers: Auto | Annotated[int, Field(ge=0)] = setting(
         "auto",
-        "Loader processes per training process; auto: cores per process - 1, at most 16.",
+        "Loader threads or processes per training process; auto: cores per process - 1, at most "
+        "16.",
+        free=True,
+    )
+    workers: Literal["auto", "threads", "processes"] = setting(
+        "auto",
+        "What makes batches; the bytes are the same. auto: threads when the renderer lets go of "
+        "Python's lock, else processes.",
+        free=True,
+    )
+    pack: Text = setting(
+        "off",
+        "Folder that keeps the training images in one file, written once: pixels when all are of "
+        "one size up to 64 px, else the files as they are. auto: ~/.cache/dino_kd/packed; off: "
+        "read the files.",
+        free=True,
+    )
+    pack_limit: PositiveFloat = setting(
+        200.0,
+        "Size of that folder; what was not used longest is deleted first.",
+        unit="GB",
         free=True,
     )
     renderer: Literal["auto", "native", "torch", "pillow"] = setting(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from dino_kd.data import loader
+from dino_kd.data import crop_maker
 from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import (
     CropBatch,
@@ -85,7 +85,11 @@ class Signalled(Memory):
 
 
 def batches(dataset: Memory, **changes: object) -> list[CropBatch]:
-    options = {"batch_size": 4, "seed": 7, "start_step": 0, "total_steps": 8, **changes}
+    """By processes where `num_workers` is given; tests/data/test_threads.py has the threads."""
+    options = {
+        "batch_size": 4, "seed": 7, "start_step": 0, "total_steps": 8, "workers": "processes",
+        **changes,
+    }  # fmt: skip
     return list(crop_batches(dataset, POLICY, **options))  # type: ignore[arg-type]
 
 
@@ -124,7 +128,7 @@ def test_large_images_are_rendered_as_small_ones(
     """How many images share a call changes nothing."""
     options = {"batch_size": 8, "total_steps": 2, "renderer": make_renderer(name)}
     together = batches(Memory(11), **options)
-    monkeypatch.setattr(loader, "_RENDER_TOGETHER", 1)
+    monkeypatch.setattr(crop_maker, "_GATHERED_BYTES", 1)
     assert_same(together, batches(Memory(11), **options))
 
 
@@ -225,8 +229,9 @@ def test_closing_ends_the_workers() -> None:
 
     before = set(multiprocessing.active_children())
     running = crop_batches(
-        Memory(8), POLICY, batch_size=4, seed=0, start_step=0, total_steps=10**6, num_workers=2
-    )
+        Memory(8), POLICY, batch_size=4, seed=0, start_step=0, total_steps=10**6, num_workers=2,
+        workers="processes",
+    )  # fmt: skip
     next(running)
     assert len(set(multiprocessing.active_children()) - before) == 2
     begin = time.perf_counter()

@@ -126,6 +126,14 @@ def assert_same_run(run_dir, reference):
         assert all(torch.equal(one[name], other[name]) for name in other), file
 
 
+def test_packed_images_give_the_same_run(images, teacher, tmp_path, whole):
+    """Half of the images without labels: the whole folder is packed."""
+    more = [f"data.pack={tmp_path}/packs", "data.num_workers=2"]
+    run = distill(settings(images, teacher, tmp_path / "run", *RICH, *more))
+    assert_same_run(run, whole)
+    assert "data.pack: packing" in (run / "train.log").read_text()
+
+
 # --- what is written
 
 

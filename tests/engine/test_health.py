@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_kd.engine.health import HealthMonitor, diagnose, perplexity, rankme
+from dino_kd.engine.health import DataWait, HealthMonitor, diagnose, perplexity, rankme
 
 HEALTHY = {
     "teacher_entropy": 3.0,
@@ -62,3 +62,20 @@ def test_warnings_come_once_and_not_in_the_first_steps():
         monitor(step, torch.nn.Identity(), bad)
     assert len(said) == 1
     assert said[0].startswith("step 100: one prototype")
+
+
+def test_waiting_for_images_is_told_once_after_a_full_window() -> None:
+    """By hand: the first stretch does not count, then 100 s at 50 %."""
+    watch = DataWait("raise num_workers", share=0.3, window=100)
+    assert watch.add(60, 60) == ""  # start-up
+    assert watch.add(20, 60) == ""  # 60 s seen
+    told = watch.add(30, 40)
+    assert told == "training waits for its images 50% of the time; raise num_workers"
+    assert watch.add(100, 100) == ""
+
+
+def test_short_waits_are_forgotten_with_their_window() -> None:
+    watch = DataWait("x", share=0.3, window=100)
+    watch.add(0, 1)
+    assert watch.add(30, 100) == ""  # exactly the share
+    assert watch.add(31, 100) != ""

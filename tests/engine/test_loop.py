@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
+import re
 import signal
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from dino_kd.engine import loop
+from dino_kd.engine.health import DataWait
 from dino_kd.engine.loop import FitOptions, Progress, fit, step_seed
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.signals import StopFlag
@@ -174,3 +179,32 @@ def test_a_second_interrupt_ends_at_once():
 def test_step_seeds_differ_by_seed_step_and_rank():
     seeds = {step_seed(*key) for key in itertools.product(range(3), range(200), range(8))}
     assert len(seeds) == 3 * 200 * 8
+
+
+def test_a_run_that_waits_for_its_images_is_told_what_to_change(monkeypatch):
+    told = []
+    monkeypatch.setattr(Record, "warn", lambda _, text: told.append(text))
+    monkeypatch.setattr(loop, "DataWait", functools.partial(DataWait, window=0.03))
+    task = Mean()
+
+    def rows():
+        for _ in range(20):
+            time.sleep(0.01)
+            yield Rows(torch.ones(1, 1))
+
+    fit(
+        task,
+        rows(),
+        make_optimizer("sgd", parameter_groups(task), momentum=0.0),
+        {"lr": lambda step: 0.1, "weight_decay": lambda step: 0.0},
+        FitOptions(
+            20, batch_size=1, device=torch.device("cpu"), log_every=2, loading_advice="more"
+        ),
+        progress=Progress(),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        log=Record(),
+        save=lambda p: None,
+        stop=StopFlag(),
+    )
+    assert len(told) == 1
+    assert re.fullmatch(r"step \d+: training waits for its images \d+% of the time; more", told[0])
