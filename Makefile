@@ -41,7 +41,7 @@ format: $(READY)
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: $(READY)
-	@for script in benchmarks/loss.py benchmarks/knn.py benchmarks/linear.py benchmarks/logreg.py benchmarks/multicrop.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/loss.py benchmarks/knn.py benchmarks/linear.py benchmarks/logreg.py benchmarks/augment.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 docs: $(READY)
 	$(BIN)/python -m dino_kd.config > docs/config.md.new && mv docs/config.md.new docs/config.md

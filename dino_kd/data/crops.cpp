@@ -314,8 +314,7 @@ void hue(Piece& p, float steps) {
         h += steps;  // steps are 0..255
         h = h >= 256.0f ? h - 256.0f : h;
         float s = std::floor(255.0f * (range / (most > 0 ? most : 1.0f)));
-        float sector = h * (6.0f / 255.0f);
-        sector = sector >= 6.0f ? sector - 6.0f : sector;
+        float sector = h * (6.0f / 255.0f);  // 0..6, and the tents of 6 are those of 0
         float drop = most * s * (1.0f / 255.0f);
         p.red[i] = std::floor(most - drop * unit(2.0f - std::fabs(sector - 3.0f)) + 0.5f);
         p.green[i] = std::floor(most - drop * unit(std::fabs(sector - 2.0f) - 1.0f) + 0.5f);

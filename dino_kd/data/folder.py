@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_kd.data.fingerprint import files_fingerprint
-from dino_kd.data.images import ARRAY_EXTENSION, EXTENSIONS, BrokenImage, decode_image
+from dino_kd.data.images import ARRAY_EXTENSION, EXTENSIONS, BrokenImage, decode_image, read_bytes
 from dino_kd.errors import DataError
 
 _SKIPPED_FOLDERS = ("__MACOSX",)
@@ -150,7 +150,7 @@ class ListedImages:
 def read_file(path: str) -> bytes:
     """The bytes of an image's file. Raises BrokenImage."""
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         raise BrokenImage(path, "the file does not exist") from None
     except OSError as error:
@@ -169,7 +169,8 @@ def open_folder(
     if path.suffix.lower() in EXTENSIONS | {ARRAY_EXTENSION}:
         raise DataError(f"{where}: {path} is one image; give its folder, or a text file of paths.")
     if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".xz", ".7z", ".rar"):
-        raise DataError(f"{where}: {path} is an archive; unpack it and give the folder.")
+        other = f", or read it as webdataset:{path}" if path.suffix.lower() == ".tar" else ""
+        raise DataError(f"{where}: {path} is an archive; unpack it and give the folder{other}.")
     return ListedImages(path, channels=channels, spec=spec, where=where)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -67,7 +66,7 @@ def decode_image(source: bytes | str | os.PathLike[str], channels: int) -> np.nd
     """
     name = "image" if isinstance(source, bytes) else os.fspath(source)
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else read_bytes(source)
         if data.startswith(_NPY_MAGIC):
             return _array_file(data, channels)
         plain = decode_plain_jpeg(data, channels)
@@ -83,6 +82,12 @@ def decode_image(source: bytes | str | os.PathLike[str], channels: int) -> np.nd
         raise BrokenImage(name, reason) from None
     except Exception as error:  # on damaged bytes the decoders raise nearly any type
         raise BrokenImage(name, _reason(error)) from error
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The whole file. Half the time of `Path.read_bytes`, which is a third of a small image's."""
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        return file.read()
 
 
 def picture_to_array(picture: Image.Image, channels: int) -> np.ndarray:

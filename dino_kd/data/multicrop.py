@@ -27,6 +27,11 @@ _TOP, _LEFT, _H_FLIP, _V_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HU
 )
 _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(2 * _TRIES + 10, _DRAWS)
 JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
+COLOUR_CHANGES = ("none", "brightness", "contrast", "saturation", "hue")
+_ORDER_TABLE = np.array(
+    [*([COLOUR_CHANGES.index(name) for name in order] for order in JITTER_ORDERS), [0] * 4],
+    dtype=np.int32,
+)  # the last row is what order -1 finds
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -180,6 +185,22 @@ class BatchParams:
             for number, (box, h_flip, v_flip, order, brightness, contrast, saturation, hue, gray,
             sigma, solarize) in enumerate(columns)
         ]  # fmt: skip
+
+    def colour_changes(self) -> np.ndarray:
+        """int32 [B, S, 4]: what is done first to fourth, as places in `COLOUR_CHANGES`.
+
+        A factor of one, or a turn of nothing, is left out: it is 0, as where there is no jitter.
+        """
+        changes = _ORDER_TABLE[self.jitter_order]
+        for place, name in enumerate(COLOUR_CHANGES[1:], start=1):
+            idle = getattr(self, name) == (0.0 if name == "hue" else 1.0)
+            if idle.any():
+                changes[(changes == place) & idle[..., None]] = 0
+        return changes
+
+    def hue_steps(self) -> np.ndarray:
+        """int32 [B, S], 0..255: the turn as Pillow's HSV counts it, cut towards zero."""
+        return (self.hue * 255).astype(np.int32) % 256
 
 
 _COLUMNS = [field.name for field in fields(BatchParams)][1:]

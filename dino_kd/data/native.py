@@ -12,7 +12,6 @@ import numpy as np
 
 from dino_kd.data.compiler import CannotCompileError, compiled
 from dino_kd.data.multicrop import (
-    JITTER_ORDERS,
     BatchParams,
     CropPolicy,
     render_crops,
@@ -35,11 +34,6 @@ _CROP = np.dtype(
         ("solarize", "i4"),
     ]
 )
-_CHANGES = ("none", "brightness", "contrast", "saturation", "hue")  # the kernel's numbers
-_ORDERS = np.array(
-    [*([_CHANGES.index(change) for change in order] for order in JITTER_ORDERS), [0, 0, 0, 0]],
-    dtype=np.int32,
-)  # the last row is what order -1 finds: no change
 
 
 class NativeRenderer:
@@ -98,15 +92,10 @@ def _crop_table(params: BatchParams) -> np.ndarray:
     crops["box"] = params.boxes
     crops["flip_horizontal"] = params.horizontal_flip
     crops["flip_vertical"] = params.vertical_flip
-    changes = _ORDERS[params.jitter_order]
-    for number, name in enumerate(_CHANGES[1:], start=1):  # a factor of nothing is left out
-        idle = getattr(params, name) == (0.0 if name == "hue" else 1.0)
-        if idle.any():
-            changes[(changes == number) & idle[..., None]] = 0
-    crops["changes"] = changes
+    crops["changes"] = params.colour_changes()  # the kernel has the same numbers
     for name in ("brightness", "contrast", "saturation", "grayscale", "solarize"):
         crops[name] = getattr(params, name)
-    crops["hue"] = (params.hue * 255).astype(np.int32) % 256  # as the Pillow back-end's `int(...)`
+    crops["hue"] = params.hue_steps()
     crops["sigma"] = params.blur_sigma
     return crops
 

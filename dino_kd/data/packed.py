@@ -58,7 +58,8 @@ class PackedImages:
         self._lock = hold(self.entry)  # others that make room leave it alone
         if about["shape"] is not None:
             shape = (len(self), *about["shape"])
-            self._pixels = np.memmap(self.entry / _DATA, np.uint8, "r", shape=shape)
+            mapped = np.memmap(self.entry / _DATA, np.uint8, "r", shape=shape)
+            self._pixels = mapped.view(np.ndarray)  # indexed faster than the subclass
             self._is_broken = np.zeros(len(self), dtype=bool)
             self._is_broken[list(self._broken)] = True
         else:

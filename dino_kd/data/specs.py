@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dino_kd.data.dataset import GreyImages, ImageDataset, Subset, require_labels, subset
 from dino_kd.data.folder import FolderImages, ListedImages, open_folder
+from dino_kd.data.shards import ShardImages
 from dino_kd.data.torchvision_sets import TorchvisionImages, set_name, split_names
 from dino_kd.distributed import on_main
 from dino_kd.errors import ConfigError, DataError, did_you_mean, unknown_name
@@ -19,6 +20,7 @@ SPEC_FORMS = {
     "stl10": "stl10:PATH[:train|test|unlabeled|train+unlabeled]",
     "imagenet": "imagenet:PATH[:train|val]",
     "torchvision": "torchvision:NAME:PATH[:SPLIT]",
+    "webdataset": "webdataset:PATTERN (tar files: /data/{000..099}.tar, '/data/*.tar', a folder)",
     "synthetic": "synthetic:NAME[:train|test[:SIZE]]",
 }
 _SHORT_NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
@@ -46,6 +48,8 @@ def make_dataset(
         raise ConfigError(f"{where}: {spec!r} lacks its second part; write {SPEC_FORMS[scheme]}.")
     if scheme == "folder":
         return open_folder(rest, channels=channels, spec=spec, where=where)
+    if scheme == "webdataset":
+        return ShardImages(rest, channels=channels, spec=spec, where=where)
     if scheme == "synthetic":
         return _open_synthetic(rest, channels, where)
     if scheme == "imagenet":
@@ -128,6 +132,6 @@ def _path_and_split(rest: str, splits: tuple[str, ...], where: str) -> tuple[str
 
 
 __all__ = [
-    "SPEC_FORMS", "FolderImages", "ImageDataset", "ListedImages", "Subset", "TorchvisionImages",
-    "make_dataset", "require_labels", "subset",
+    "SPEC_FORMS", "FolderImages", "ImageDataset", "ListedImages", "ShardImages", "Subset",
+    "TorchvisionImages", "make_dataset", "require_labels", "subset",
 ]  # fmt: skip

@@ -1,18 +1,21 @@
-"""Crops without a compiler: torch resizes, Pillow does the rest.
+"""Crops without a compiler: torch resizes one by one, and colours many crops together.
 
 torch's antialiased filter on bytes is Pillow's, five times faster.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
-from dino_kd.data.multicrop import BatchParams, CropParams, colour_crop
+from dino_kd.data import torch_colour
+from dino_kd.data.multicrop import BatchParams
+
+_TOGETHER = 2**18  # numbers coloured in one go: they should stay in the processor's cache
 
 
 class TorchRenderer:
@@ -30,27 +33,57 @@ class TorchRenderer:
         slots: Sequence[int],
     ) -> None:
         """See `Renderer.render`."""
-        for row, (image, slot) in enumerate(zip(images, slots, strict=True)):
-            for number, crop in enumerate(params.crops_of(row)):
-                place = number - len(globals_out)
-                made = _resized(image, crop)
-                if crop.changes_colour:
-                    made = np.asarray(colour_crop(Image.fromarray(made), crop))
-                group, place = (globals_out, number) if place < 0 else (locals_out, place)
-                group[place, slot] = made.transpose(2, 0, 1)
+        places = np.asarray(slots, dtype=np.int64)
+        for group, begin in ((globals_out, 0), (locals_out, len(globals_out))):
+            if not group.size:
+                continue
+            columns = range(begin, begin + len(group))
+            for row, image in enumerate(images):
+                for column in columns:
+                    group[column - begin, places[row]] = _resized(
+                        image, params, row, column, group.shape[3:]
+                    )
+            _colour(group, params, columns, places)
 
 
-def _resized(image: np.ndarray, crop: CropParams) -> np.ndarray:
-    """Cut, resize and flip: uint8 [h, w, 3]."""
-    top, left, height, width = crop.box
+def _resized(
+    image: np.ndarray, params: BatchParams, row: int, column: int, size: tuple[int, ...]
+) -> np.ndarray:
+    """One crop cut, resized and flipped: uint8 [3, h, w]."""
+    top, left, height, width = params.boxes[row, column].tolist()
     cut = image[top : top + height, left : left + width]
     if not cut.flags.writeable or min(cut.strides) < 0:  # torch takes neither
         cut = cut.copy()
-    box = torch.from_numpy(cut)
     # As a view with the channels last: the copy that `contiguous` makes would cost half the gain.
-    made = F.interpolate(
-        box.permute(2, 0, 1)[None], crop.size, mode=crop.interpolation, antialias=True
-    )[0].permute(1, 2, 0).numpy()  # fmt: skip
-    if crop.horizontal_flip:
-        made = made[:, ::-1]
-    return made[::-1] if crop.vertical_flip else made
+    bands = torch.from_numpy(cut).permute(2, 0, 1)[None]
+    filter_ = params.policy.interpolation
+    made: np.ndarray = F.interpolate(bands, size, mode=filter_, antialias=True)[0].numpy()
+    if params.horizontal_flip[row, column]:
+        made = made[:, :, ::-1]
+    return made[:, ::-1] if params.vertical_flip[row, column] else made
+
+
+def _colour(group: np.ndarray, params: BatchParams, columns: range, places: np.ndarray) -> None:
+    """Change the crops of `columns` in place, as many together as the cache holds."""
+    changes = params.colour_changes()[:, columns.start : columns.stop]  # [B, s, 4]
+    chosen = slice(columns.start, columns.stop)
+    gray, sigma = params.grayscale[:, chosen], params.blur_sigma[:, chosen]
+    solarize = params.solarize[:, chosen]
+    amounts = (params.brightness, params.contrast, params.saturation, params.hue_steps())
+    factors = np.stack([amount[:, chosen] for amount in amounts], axis=-1)
+    rows, numbers = np.nonzero(changes.any(-1) | gray | (sigma > 0) | solarize)
+    threshold = params.policy.solarize_threshold
+    flat = torch.from_numpy(group).flatten(0, 1)  # a view
+    together = max(1, _TOGETHER // group[0, 0].size)
+    for begin in range(0, len(rows), together):
+        of = rows[begin : begin + together], numbers[begin : begin + together]
+        at = torch.from_numpy(of[1] * group.shape[1] + places[of[0]])
+        crops = flat.index_select(0, at).float()
+        torch_colour.jitter(crops, changes[of], factors[of])
+        torch_colour.apply_to(crops, gray[of], torch_colour.grayscale)
+        blurred = sigma[of] > 0
+        sigmas = sigma[of][blurred]
+        torch_colour.apply_to(crops, blurred, functools.partial(torch_colour.blur, sigmas=sigmas))
+        inverts = functools.partial(torch_colour.solarize, threshold=threshold)
+        torch_colour.apply_to(crops, solarize[of], inverts)
+        flat.index_copy_(0, at, crops.to(torch.uint8))
