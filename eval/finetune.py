@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dino_kd.config import load_settings
+from dino_kd.data.renderers import make_renderer
 from dino_kd.distributed import is_main_process, on_main, process_group, world_size
 from dino_kd.engine.checkpoint import save_checkpoint
 from dino_kd.engine.hooks import BestWeights, BrokenImages
@@ -70,7 +71,11 @@ def finetune(settings: FinetuneConfig) -> dict[str, Any]:
         )
         continued = on_main(claim)
         run.log.write_environment(
-            {"device": str(device), "precision": run.settings.optim.precision}
+            {
+                "device": str(device),
+                "precision": run.settings.optim.precision,
+                "renderer": make_renderer().name,
+            }
         )
         for line in describe_run(run):
             run.log.say(line)

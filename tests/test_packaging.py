@@ -187,6 +187,7 @@ def test_the_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_wheel_holds_no_tests_and_knows_its_types(installed: Path) -> None:
     assert (installed / "dino_kd" / "py.typed").is_file()
+    assert (installed / "dino_kd" / "data" / "crops.cpp").is_file()
     assert (installed / "eval" / "templates" / "visualize.html").is_file()
     assert not (installed / "tests").exists()
     assert not (installed / "configs").exists()

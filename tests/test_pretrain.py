@@ -507,6 +507,18 @@ def test_every_setting_is_read(images, tmp_path, monkeypatch):
     assert unread == set()
 
 
+def test_the_renderer_that_is_asked_for_renders_and_is_written_down(images, tmp_path):
+    """Each one's first loss is the loss of the same crops; the name is in env.json."""
+    losses = {}
+    for name in ("pillow", "torch"):
+        run = settings(images, tmp_path / name, f"data.renderer={name}", "optim.length=1")
+        pretrain(run)
+        assert json.loads((tmp_path / name / "env.json").read_text())["renderer"] == name
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = json.loads(rows[0])["loss"]
+    assert losses["torch"] == pytest.approx(losses["pillow"], rel=1e-2)
+
+
 def test_every_crop_setting_changes_the_crops(images):
     """crop_policy passes the whole section on at once, so each field must move the pixels."""
     import numpy as np

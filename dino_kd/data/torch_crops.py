@@ -73,12 +73,13 @@ def _colour(group: np.ndarray, params: BatchParams, columns: range, places: np.n
     factors = np.stack([amount[:, chosen] for amount in amounts], axis=-1)
     rows, numbers = np.nonzero(changes.any(-1) | gray | (sigma > 0) | solarize)
     threshold = params.policy.solarize_threshold
-    flat = torch.from_numpy(group).flatten(0, 1)  # a view
+    shape = group.shape[2:]
+    flat = group.reshape(-1, group[0, 0].size)  # a view; numpy copies whole rows fast
     together = max(1, _TOGETHER // group[0, 0].size)
     for begin in range(0, len(rows), together):
         of = rows[begin : begin + together], numbers[begin : begin + together]
-        at = torch.from_numpy(of[1] * group.shape[1] + places[of[0]])
-        crops = flat.index_select(0, at).float()
+        at = of[1] * group.shape[1] + places[of[0]]
+        crops = torch.from_numpy(flat[at]).float().unflatten(1, shape)
         torch_colour.jitter(crops, changes[of], factors[of])
         torch_colour.apply_to(crops, gray[of], torch_colour.grayscale)
         blurred = sigma[of] > 0
@@ -86,4 +87,4 @@ def _colour(group: np.ndarray, params: BatchParams, columns: range, places: np.n
         torch_colour.apply_to(crops, blurred, functools.partial(torch_colour.blur, sigmas=sigmas))
         inverts = functools.partial(torch_colour.solarize, threshold=threshold)
         torch_colour.apply_to(crops, solarize[of], inverts)
-        flat.index_copy_(0, at, crops.to(torch.uint8))
+        flat[at] = crops.to(torch.uint8).flatten(1).numpy()
