@@ -243,21 +243,22 @@ def report(
 ) -> None:
     """Both times and their ratio, as they passed and at the interleaved costs per image."""
     print(f"first score of at least {target} %:")
-    reached: dict[str, tuple[float, float, float]] = {}
+    reached: dict[str, dict[str, float]] = {}
     for name, scores in found.items():
         score = first(scores, target)
         if score is None:
             best = max(s.top1 for s in scores)
             print(f"  {name:<8} not within {scores[-1].processor:.1f} s (best {best:.2f} %)")
             continue
-        reached[name] = score.processor, score.wall, work(sides[name], score, medians[name])
-        print(f"  {name:<8} {score.processor:8.1f} s processor   {score.wall:8.1f} s wall   "
-              f"{reached[name][2]:8.1f} s at the costs above   {score.images:>7,} images   "
-              f"{score.top1:.2f} %")  # fmt: skip
+        times = {"processor": score.processor, "wall": score.wall}
+        if medians:
+            times["at the costs above"] = work(sides[name], score, medians[name])
+        reached[name] = times
+        shown = "   ".join(f"{seconds:.1f} s {what}" for what, seconds in times.items())
+        print(f"  {name:<8} {shown}   {score.images:,} images   {score.top1:.2f} %")
     if len(reached) == 2:
         plain, fast = reached["plain"], reached["fast"]
-        shown = [f"x{p / f:.2f}" for p, f in zip(plain, fast, strict=True)]
-        print(f"  ratio    {shown[0]} processor, {shown[1]} wall, {shown[2]} at the costs above")
+        print("  ratio    " + "   ".join(f"x{plain[w] / fast[w]:.2f} {w}" for w in plain))
 
 
 def main() -> None:
@@ -290,7 +291,7 @@ def main() -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     built = {name: build([*sides[name], *args.words], train) for name in args.sides}
-    medians = costs(built, images=512 if args.data else 64)
+    medians = costs(built, images=512 if args.data else 64) if len(built) == 2 else {}
     found = {}
     for name in args.sides:  # anew: the costs were measured by training
         print(f"{name}: {' '.join([*sides[name], *args.words])}")

@@ -106,7 +106,7 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         "device": device_name(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "num_workers": training.num_workers,
+        "num_workers": timed.num_workers,
         "torch": torch.__version__,
         "settings": settings.model_dump(mode="json", exclude={"run_dir", "resume"}),
     }

@@ -84,13 +84,20 @@ def test_a_crop_keeps_its_numbers_and_its_blur_its_share() -> None:
     assert any(crop.blur_sigma > 0 for crop in full)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.dist)])
+@pytest.mark.parametrize(
+    ("workers", "kind"),
+    [(0, "auto"), (3, "threads"), pytest.param(2, "processes", marks=pytest.mark.dist)],
+)
 @pytest.mark.parametrize("start", [0, 2, 3, 4])
-def test_batches_change_size_at_their_step_wherever_a_run_begins(start: int, workers: int) -> None:
+def test_batches_change_size_at_their_step_wherever_a_run_begins(
+    start: int, workers: int, kind: str
+) -> None:
     """Against two streams of one size each, joined by hand."""
     curriculum = make_curriculum(FULL, scale=0.5, num_stages=1, steps=3, grid=4)
     options = {"batch_size": 4, "seed": 1, "total_steps": 6}
-    mixed = crop_batches(Memory(), curriculum, start_step=start, num_workers=workers, **options)
+    mixed = crop_batches(
+        Memory(), curriculum, start_step=start, num_workers=workers, workers=kind, **options
+    )
     small = list(crop_batches(Memory(), curriculum(0), start_step=0, **options))
     full = list(crop_batches(Memory(), FULL, start_step=0, **options))
     for made, expected in zip(mixed, (small[:3] + full[3:])[start:], strict=True):
