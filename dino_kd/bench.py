@@ -39,7 +39,7 @@ from dino_kd.engine.signals import StopFlag
 from dino_kd.engine.speed import Setup, Speed, bottleneck, count_flops, peak_of
 from dino_kd.errors import Interrupted
 from dino_kd.files import write_json
-from dino_kd.presets import fit_options, loader_processes
+from dino_kd.presets import fit_options, loader_processes, loading_advice
 from dino_kd.schema import BenchConfig, MeasureSettings
 from dino_kd.training import Training, prepare
 
@@ -110,20 +110,6 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         "torch": torch.__version__,
         "settings": settings.model_dump(mode="json", exclude={"run_dir", "resume"}),
     }
-
-
-def loading_advice(settings: BenchConfig) -> str:
-    """What to change when training waits for its images, the cheapest first."""
-    workers = loader_processes(settings.data.num_workers, processes_here())
-    most = loader_processes("auto", processes_here())
-    more = [f"raise data.num_workers from {workers} to {most}"] if workers < most else []
-    return "; ".join(
-        [
-            *more,
-            "make fewer or smaller crops (crops.num_local_crops, crops.global_size)",
-            "store the images at a smaller size, or use a machine with more cores",
-        ]
-    )
 
 
 def _hush(*words: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,17 +75,22 @@ def judge(
         "differences": differences,
         "gap_recovered": gap,
         "seed_noise": noise,
-        "verdict": verdict(differences, noise, measure),
+        "verdict": verdict(differences, noise, measure, seeds=len(seeds)),
     }
 
 
 def verdict(
-    differences: Mapping[str, Mapping[str, float]], noise: Mapping[str, float] | None, measure: str
+    differences: Mapping[str, Mapping[str, float]],
+    noise: Mapping[str, float] | None,
+    measure: str,
+    *,
+    seeds: int = 1,
 ) -> dict[str, str] | None:
     """A name for programs and a sentence for people; None when kd has nothing to be held against.
 
     Equal time counts before equal steps. A gain that the control teacher brings too is no
-    knowledge; a difference below what another seed makes is inconclusive.
+    knowledge; a difference below what other seeds make is inconclusive: means over n seeds move by
+    1 / sqrt(n) of what one seed does.
     """
     control = differences.get("control")
     partner = next((arm for arm in _PARTNERS if arm in differences), None)
@@ -93,9 +99,11 @@ def verdict(
         return None if control is None else _against_control(control, what)
     found = differences[partner]
     said = f"{_points(found)} of {what} over {_PARTNERS[partner]} ({_interval(found)})"
-    if noise is not None and 0 < abs(found["points"]) < noise["difference"]:
-        floor = f"another seed alone makes {noise['difference']:.1f}"
-        return _made("INCONCLUSIVE", f"inconclusive: {said}, but {floor}")
+    floor = 0.0 if noise is None else noise["difference"] / math.sqrt(seeds)
+    if 0 < abs(found["points"]) < floor:
+        beside = f"another seed alone makes {noise['difference']:.1f}"  # type: ignore[index]
+        several = f", {floor:.1f} in the mean of {seeds}" if seeds > 1 else ""
+        return _made("INCONCLUSIVE", f"inconclusive: {said}, but {beside}{several}")
     if found["high"] < 0:
         return _made("HURTS", f"distillation hurts: {said}")
     if found["low"] <= 0:

@@ -44,6 +44,18 @@ def test_the_sentence(differences, noise, name, words):
     assert re.search(words, found["sentence"]), found["sentence"]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "name"), [(1, "INCONCLUSIVE"), (2, "INCONCLUSIVE"), (3, "HELPS"), (4, "HELPS")]
+)
+def test_the_mean_of_several_seeds_moves_less_than_one(seeds, name):
+    """3.2 points from seed to seed are 2.26 in the mean of two and 1.85 in the mean of three."""
+    found = verdict({"scratch": UP}, {"difference": 3.2, "churn": 9.0}, "top1", seeds=seeds)
+    assert found is not None
+    assert found["name"] == name
+    if name == "INCONCLUSIVE" and seeds == 2:
+        assert "another seed alone makes 3.2, 2.3 in the mean of 2" in found["sentence"]
+
+
 def test_kd_alone_has_no_verdict():
     assert verdict({}, None, "top1") is None
 
