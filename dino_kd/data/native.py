@@ -11,12 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dino_kd.data.compiler import CannotCompileError, compiled
-from dino_kd.data.multicrop import (
-    BatchParams,
-    CropPolicy,
-    render_crops,
-    sample_batch,
-)
+from dino_kd.data.multicrop import BatchParams, CropPolicy, render_crops, sample_batch
 
 _IMAGE = np.dtype([("pixels", "u8"), ("height", "i8"), ("width", "i8"), ("slot", "i8")])
 _CROP = np.dtype(

@@ -37,6 +37,8 @@ class TorchRenderer:
         for group, begin in ((globals_out, 0), (locals_out, len(globals_out))):
             if not group.size:
                 continue
+            if not group.flags.c_contiguous:  # the view that is coloured would be a copy
+                raise ValueError(f"buffers are contiguous, this one has strides {group.strides}")
             columns = range(begin, begin + len(group))
             for row, image in enumerate(images):
                 for column in columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 import threading
 import time
@@ -233,6 +234,24 @@ def test_the_kernel_refuses_what_lies_outside() -> None:
             native.render([image], params, *made, [0])
     with pytest.raises(ValueError, match="contiguous uint8"):
         native.render([image], params, made[0][:, :, :, ::2], made[1], [0])
+
+
+def test_buffers_that_are_not_contiguous_are_refused(fast: Renderer) -> None:
+    params = sample_batch(SMALL, [(20, 20)], 0, 0, [0])
+    large, little = buffers(SMALL, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        fast.render([natural(20, 20, 0)], params, large[:, ::2], little[:, ::2], [0])
+
+
+def test_renderers_travel_to_worker_processes(fast: Renderer) -> None:
+    images = [natural(30, 30, 0)]
+    params = sample_batch(TINY, [(30, 30)], 0, 0, [0])
+    copy = pickle.loads(pickle.dumps(fast))
+    assert (copy.name, copy.releases_gil) == (fast.name, fast.releases_gil)
+    for ours, theirs in zip(
+        rendered(copy, images, params), rendered(fast, images, params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_kernel_is_faster_than_pillow() -> None:
