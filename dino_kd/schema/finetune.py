@@ -165,7 +165,8 @@ class FinetuneConfig(RunSettings, SourceSettings):
     )
     num_workers: Auto | Annotated[int, Field(ge=0)] = setting(
         "auto",
-        "Loader processes per training process; auto: cores per process - 1, at most 16.",
+        "Loader threads or processes per training process; auto: cores per process - 1, at most "
+        "16.",
         free=True,
     )
     max_broken_share: Share = setting(
