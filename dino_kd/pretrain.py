@@ -80,7 +80,7 @@ def pretrain(settings: PretrainConfig) -> Path:
         # Check: nothing is written until all of this has passed.
         precision = choose_precision(settings.optim.precision, device)
         if settings.optim.shard:
-            check_sharding(precision, device)
+            check_sharding(precision, settings.optim.name, device)
         settings = with_absolute_data(settings)
         dataset = training_images(settings)
         plan = make_plan(settings, len(dataset), world_size())
