@@ -111,7 +111,7 @@ def prepare(settings: PretrainConfig, device: torch.device) -> Training:
     precision = choose_precision(settings.optim.precision, device)
     compiles, about_compiling = choose_compile(settings.optim.compile, device)
     if settings.optim.shard:
-        check_sharding(precision, device)
+        check_sharding(precision, settings.optim.name, device)
     settings = with_absolute_data(settings)
     dataset = training_images(settings)
     plan = make_plan(settings, len(dataset), world_size())

@@ -12,6 +12,7 @@ import torch
 
 from dino_kd import bench as story
 from dino_kd import cli
+from dino_kd import presets
 from dino_kd.bench import bench, prepared
 from dino_kd.config import load_settings
 from dino_kd.engine.signals import StopFlag
@@ -84,7 +85,7 @@ def test_a_slow_loader_is_found(images):
 
 
 def test_free_cores_are_named_before_anything_else(images, monkeypatch):
-    monkeypatch.setattr(story, "loader_processes", lambda wanted, _: 7 if wanted == "auto" else 0)
+    monkeypatch.setattr(presets, "loader_processes", lambda wanted, _: 7 if wanted == "auto" else 0)
     assert story.loading_advice(settings(images)).startswith("raise data.num_workers from 0 to 7")
     every = settings(images, "data.num_workers=auto")
     assert "num_workers" not in story.loading_advice(every)

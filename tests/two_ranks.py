@@ -28,7 +28,7 @@ def on_two_ranks(work: Callable[[int], None]) -> None:
 def cpus_can_shard() -> bool:
     """Called within the group; False on versions of PyTorch whose gloo is known not to be able."""
     try:
-        check_sharding("fp32", torch.device("cpu"))
+        check_sharding("fp32", "adamw", torch.device("cpu"))
     except ConfigError:
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14):
             raise

@@ -25,7 +25,7 @@ T = TypeVar("T")
 _NEEDED = "2.7"
 
 
-def check_sharding(precision: str, device: torch.device) -> None:
+def check_sharding(precision: str, optimizer: str, device: torch.device) -> None:
     """Raise ConfigError where this job cannot share a network out, before anything is built.
 
     Every process must call this.
@@ -40,6 +40,11 @@ def check_sharding(precision: str, device: torch.device) -> None:
         raise ConfigError(
             "optim.shard: with optim.precision=fp16 the processes would not agree on the scale of "
             "the loss; use bf16 or fp32, or optim.shard=false"
+        )
+    if optimizer == "lars":
+        raise ConfigError(
+            "optim.shard: lars takes the norm of each whole parameter, which not every version of "
+            "PyTorch gets right from slices; use optim.name=adamw or sgd, or optim.shard=false"
         )
     if torch.__version__ < _NEEDED:
         raise ConfigError(
