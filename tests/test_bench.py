@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dino_kd import bench as story
-from dino_kd import cli
-from dino_kd import presets
+from dino_kd import cli, presets
 from dino_kd.bench import bench, prepared
 from dino_kd.config import load_settings
 from dino_kd.engine.signals import StopFlag
