@@ -17,7 +17,7 @@ import torch
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.images import BrokenImage
 from dino_kd.data.multicrop import CropPolicy, Crops, sample_batch, stream
-from dino_kd.data.renderers import Renderer, make_renderer
+from dino_kd.data.renderers import Renderer
 from dino_kd.errors import DataError, UserError
 
 _ORDER_KEY = 0x6F72646572  # "order": the permutation of an epoch
@@ -117,13 +117,6 @@ class CropMaker:
     def open(self, request: Request, allocate: Allocate = _empty) -> OpenBatch:
         """A batch to be filled; `allocate` gives its two buffers once the channels are known."""
         return OpenBatch(self, *request, allocate)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Where processes are not forked, each makes the renderer anew: compiled code has no pickle.
-        return {**self.__dict__, "renderer": self.renderer.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, renderer=make_renderer(state["renderer"]))
 
 
 class OpenBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from dino_kd.data.crop_maker import CropMaker
 from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import (
     CropBatch,
@@ -266,6 +268,13 @@ def test_evaluation_forks_its_processes_while_threads_load() -> None:
         assert len(found) == len(views[0])
     made += list(running)
     assert_same(made, batches(data, total_steps=30, num_workers=0))
+
+
+def test_what_makes_a_batch_can_be_sent_to_a_process_that_is_not_forked() -> None:
+    maker = CropMaker(Memory(broken=()), POLICY, 7, make_renderer())
+    sent = pickle.loads(pickle.dumps(maker))
+    request = (0, np.arange(4))
+    assert_same([sent.__getitems__(request)], [maker.__getitems__(request)])
 
 
 def test_what_makes_batches_follows_the_renderer() -> None:
