@@ -298,7 +298,9 @@ def test_what_cannot_be_sharded_is_said(monkeypatch):
     sharding.check_sharding("bf16", "adamw", CPU)
     with pytest.raises(ConfigError, match=r"optim.shard: with optim.precision=fp16 .* use bf16"):
         sharding.check_sharding("fp16", "adamw", torch.device("cuda"))
-    with pytest.raises(ConfigError, match=r"optim.shard: lars takes .* adamw or sgd"):
+    with pytest.raises(
+        ConfigError, match=r"optim.shard: lars takes .* use optim.name=adamw or sgd"
+    ):
         sharding.check_sharding("fp32", "lars", CPU)
     monkeypatch.setattr(sharding, "_averages", lambda device: False)
     with pytest.raises(ConfigError, match=r"optim.shard: PyTorch .* cannot average .* on cpu"):
