@@ -6,8 +6,8 @@
 //
 // How it gets its speed, almost without intrinsics (GCC's and Clang's vector types, and plain loops
 // that compilers turn into vector code):
-// * The horizontal pass of the resize works on 16 image rows at once, one per vector lane, after
-//   turning blocks of 16 x 16 bytes around. So every tap is one multiply-add, whatever the scale.
+// * The horizontal pass of the resize works on 8 or 16 image rows at once, one per vector lane,
+//   after turning square blocks of bytes around. So every tap is one multiply-add, whatever the scale.
 // * A flip only reverses the order in which the filter's places are listed.
 // * Colour is done in pieces of 256 pixels that stay in the first-level cache: bytes are turned
 //   into floats once for all operations between two that need the whole picture.
@@ -19,13 +19,18 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
+// As many floats as a register of the processor holds: wider vectors compile into slow code.
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Words __attribute__((vector_size(2 * LANES)));
@@ -71,6 +76,10 @@ void store(uint8_t* to, Bytes v) { memcpy(to, &v, sizeof v); }
 inline Floats to_floats(Bytes v) {
 #ifdef __AVX512F__
     return Floats(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(__m128i(v))));
+#elif defined(__AVX2__)
+    long long packed;
+    memcpy(&packed, &v, sizeof packed);
+    return Floats(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(packed))));
 #else
     return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, Words), Ints),
                                    Floats);
@@ -85,6 +94,13 @@ Bytes to_bytes(Floats v) {
     Ints levels = __builtin_convertvector(v, Ints);
 #ifdef __AVX512F__
     return Bytes(_mm512_cvtepi32_epi8(__m512i(levels)));
+#elif defined(__AVX2__)
+    __m256i wide = __m256i(levels);
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    long long packed = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    Bytes narrow;
+    memcpy(&narrow, &packed, sizeof narrow);
+    return narrow;
 #else
     return __builtin_convertvector(__builtin_convertvector(levels, Words), Bytes);
 #endif
@@ -98,15 +114,21 @@ Bytes to_bytes(Floats v) {
 #define ZIP(a, b, ...) __builtin_shuffle(a, b, Bytes{__VA_ARGS__})
 #endif
 
-// Turn 16 vectors of 16 bytes around. Dealing two halves of the pack together, like cards, four
-// times over brings byte (i, j) to (j, i).
+// Turn a square block of bytes around. Dealing two halves of the pack together, like cards, once
+// for each power of two in its side brings byte (i, j) to (j, i).
 inline void transpose(Bytes* v) {
     Bytes w[LANES];
-    for (int round = 0; round < 4; round++) {
-        for (int i = 0; i < 8; i++) {
-            w[2 * i] = ZIP(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            w[2 * i + 1] = ZIP(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                               30, 15, 31);
+    constexpr int half = LANES / 2;
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < half; i++) {
+            const Bytes a = v[i], b = v[i + half];
+#ifdef __AVX512F__
+            w[2 * i] = ZIP(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            w[2 * i + 1] = ZIP(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+            w[2 * i] = ZIP(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+            w[2 * i + 1] = ZIP(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
         }
         for (int i = 0; i < LANES; i++) v[i] = w[i];
     }
@@ -151,14 +173,14 @@ struct Axis {
 
 struct Scratch {
     Axis across, down;
-    std::vector<Floats> columns;          // [3 * box width] of 16 rows each
-    std::vector<Bytes> turned;            // [3][padded width] of 16 rows each
+    std::vector<Floats> columns;          // [3 * box width] of LANES rows each
+    std::vector<Bytes> turned;            // [3][padded width] of LANES rows each
     std::vector<uint8_t> narrow;          // [3][padded box height][padded width]
     std::vector<Floats> strip, other;     // of the blur
     std::vector<float> line, next;        // of the blur
 };
 
-// 16 rows of the box (the last one repeated), as one vector of floats for each byte of a row.
+// LANES rows of the box (the last one repeated), as one vector of floats for each byte of a row.
 void read_rows(const uint8_t* const* rows, int bytes, Floats* columns) {
     for (int j = 0; j < bytes; j += LANES) {
         Bytes block[LANES];
