@@ -27,6 +27,7 @@ import torch
 from dino_kd.config import load_settings
 from dino_kd.data.loader import CropBatch
 from dino_kd.data.multicrop import Crops
+from dino_kd.data.packed import packed
 from dino_kd.distributed import (
     broadcast,
     is_main_process,
@@ -232,6 +233,8 @@ def prepared(settings: BenchConfig, device: torch.device, stop: StopFlag) -> Tim
     # nothing is written, so no place is wrong
     settings = settings.model_copy(update={"run_dir": os.devnull})
     training = prepare(settings, device)
+    data = training.settings.data
+    training.dataset = packed(training.dataset, data.pack, limit_gb=data.pack_limit, say=_hush)
     training.plan = dataclasses.replace(training.plan, total_steps=_LAST_STEP, freeze_last_layer=0)
     return Timed(training, settings.bench, stop)
 
