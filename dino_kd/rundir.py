@@ -30,7 +30,9 @@ from dino_kd.schema import DistillConfig, FinetuneConfig, PretrainConfig, RunSet
 
 
 def with_absolute_path(spec: str) -> str:
-    """A relative folder or list made absolute, so that a resume works from anywhere."""
+    """A relative folder, list or pattern of tar files made absolute: a resume works anywhere."""
+    if spec.startswith("webdataset:"):
+        return f"webdataset:{Path(spec.removeprefix('webdataset:')).expanduser().absolute()}"
     path = Path(spec.removeprefix("folder:")).expanduser()
     if not path.exists():
         return spec
