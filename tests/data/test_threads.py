@@ -213,6 +213,8 @@ def test_closing_ends_the_threads_at_once() -> None:
 
 def test_a_stuck_read_does_not_hold_up_the_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dino_kd.data.threads._PATIENCE", 0.2)
+    # a shell that runs the tests in the background has SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     data = Stuck()
     running = crop_batches(
         data, POLICY, batch_size=8, seed=0, start_step=0, total_steps=9,
@@ -224,6 +226,7 @@ def test_a_stuck_read_does_not_hold_up_the_closing(monkeypatch: pytest.MonkeyPat
         next(running)
     assert time.perf_counter() - begin < 5
     data.released.set()
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.dist
@@ -271,9 +274,9 @@ def test_evaluation_forks_its_processes_while_threads_load() -> None:
 
 
 def test_what_makes_a_batch_can_be_sent_to_a_process_that_is_not_forked() -> None:
-    maker = CropMaker(Memory(broken=()), POLICY, 7, make_renderer())
+    maker = CropMaker(Memory(broken=()), 7, make_renderer())
     sent = pickle.loads(pickle.dumps(maker))
-    request = (0, np.arange(4))
+    request = (0, np.arange(4), POLICY)
     assert_same([sent.__getitems__(request)], [maker.__getitems__(request)])
 
 
