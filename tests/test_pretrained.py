@@ -479,7 +479,8 @@ def test_saved_folder_loads_strictly_in_timm_and_here(tmp_path, name, options):
     again = load_backbone(f"local-dir:{tmp_path / 'backbone'}")
     with torch.no_grad():
         expected = backbone(x)
-        assert torch.equal(net(x), expected)
+        # up to rounding: of a plain ViT's last block ours computes the class token alone
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(again(x), expected)
     assert net.num_classes == 0
     assert backbone_hash(again) == backbone_hash(backbone)
