@@ -35,7 +35,7 @@ from dino_kd.distributed import (
     processes_here,
     world_size,
 )
-from dino_kd.engine.loop import Progress, fit
+from dino_kd.engine.loop import Progress, Silence, fit
 from dino_kd.engine.signals import StopFlag
 from dino_kd.engine.speed import Setup, Speed, bottleneck, count_flops, peak_of
 from dino_kd.errors import Interrupted
@@ -175,7 +175,7 @@ class Timed:
             dataclasses.replace(self.options, total_steps=steps),
             progress=Progress(),
             scaler=self.scaler,
-            log=_Silence(),
+            log=Silence(),
             save=_hush,
             hooks=[hook],
             stop=ending,
@@ -218,14 +218,6 @@ class _Clock:
             self._started, self._waited = time.perf_counter(), 0.0
         self.elapsed = time.perf_counter() - self._started
         return self.steps >= 1 and self.elapsed >= self.seconds
-
-
-class _Silence:
-    """A log that keeps nothing."""
-
-    def numbers(self, step: int, values: dict[str, float]) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
 
 def prepared(settings: BenchConfig, device: torch.device, stop: StopFlag) -> Timed:

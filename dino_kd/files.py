@@ -103,3 +103,12 @@ def disk_error(path: Path, error: OSError, setting: str = "run_dir") -> UserErro
     }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return UserError(f"cannot write {path}: {reason}. What was saved before is untouched.")
+
+
+def bytes_in_words(count: float) -> str:
+    """A number of bytes for people: "3.2 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

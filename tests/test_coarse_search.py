@@ -11,7 +11,7 @@ from dino_kd import coarse_search
 from dino_kd.coarse_search import candidates_for, rescore, search_coarsely
 from dino_kd.hardware import cpu_has_bf16
 from dino_kd.knn import knn_accuracy, search, search_others
-from tests.tiny import draw
+from tests.tiny import TensorSizes, draw
 
 
 def by_float64(queries, bank, k):
@@ -177,17 +177,8 @@ def test_rescoring_sorts_by_similarity_then_index():
 
 def test_memory_of_the_two_passes_is_bounded():
     """Neither all similarities nor all candidates' rows exist at once."""
-    seen = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                seen.append(out.numel())
-            return out
-
     queries, bank = draw(1000, 64), draw(3000, 64, seed=1)
-    with Spy():
+    with TensorSizes() as seen:
         search(queries, bank, 100, query_chunk=50, bank_chunk=1000, coarse=True)
     largest_of_all = max(50 * 1000, 1000 * candidates_for(100) * 2, 3000 * 64)
     assert max(seen) <= max(largest_of_all, coarse_search._RESCORED)

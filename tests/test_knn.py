@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dino_kd.knn import knn_accuracy, label_scores, order_ties, search, search_others, vote
+from tests.tiny import TensorSizes
 
 
 def data(num_queries=40, num_bank=97, dim=8, classes=7, seed=0):
@@ -160,17 +161,8 @@ def test_one_query_and_one_bank_row_work():
 
 def test_memory_of_the_search_is_bounded():
     """Many queries against a small bank chunk never build the whole similarity matrix."""
-    seen = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                seen.append(out.numel())
-            return out
-
     queries, bank = torch.randn(400, 4), torch.randn(1000, 4)
-    with Spy():
+    with TensorSizes() as seen:
         search(queries, bank, 3, query_chunk=20, bank_chunk=50)
     assert max(seen) <= max(400 * 4, 20 * 50, 50 * 4)
 

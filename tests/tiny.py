@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = [
     "device=cpu", "data.num_workers=0", "crops.preset=small", "crops.num_local_crops=2",
@@ -22,6 +23,21 @@ TINY = [
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal random numbers that follow from a seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TensorSizes(TorchDispatchMode):
+    """A block whose every new tensor is noted: ``with TensorSizes() as seen`` its elements."""
+
+    def __enter__(self) -> list[int]:
+        super().__enter__()
+        self.seen: list[int] = []
+        return self.seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.append(out.numel())
+        return out
 
 
 def write_images(folder: Path, count: int = 40, classes: int = 2, side: int = 40) -> Path:

@@ -23,7 +23,7 @@ from dino_kd.data.fingerprint import text_fingerprint
 from dino_kd.data.images import BrokenImage, decode_image
 from dino_kd.distributed import on_main
 from dino_kd.errors import ConfigError, UserError
-from dino_kd.files import disk_error, sync, write_json
+from dino_kd.files import bytes_in_words, disk_error, sync, write_json
 
 _FORMAT = 1  # raise it when the same images would be packed in another way
 _LARGEST_SIDE = 64  # pixels; up to here decoding and its Python calls cost more than the crops
@@ -175,7 +175,7 @@ def _find_or_make(
         for form in [shape, None] if shape and hasattr(dataset, "encoded") else [shape]:
             say(
                 f"{where}: packing {len(dataset):,} images of {dataset.spec} as "
-                f"{'pixels' if form else 'files'} into {entry}: {_words(size)}, about "
+                f"{'pixels' if form else 'files'} into {entry}: {bytes_in_words(size)}, about "
                 f"{seconds * len(dataset):,.0f} s, once"
             )
             begin = time.perf_counter()
@@ -223,7 +223,7 @@ def _bytes_of_files(dataset: ImageDataset) -> int:
 def _check_room(dataset: ImageDataset, folder: Path, size: int, limit: float, where: str) -> None:
     if size > limit:
         raise UserError(
-            f"{where}: {dataset.spec} takes {_words(size)}, more than {where}_limit="
+            f"{where}: {dataset.spec} takes {bytes_in_words(size)}, more than {where}_limit="
             f"{limit / GIGABYTE:g} GB; raise {where}_limit to {-(-size // GIGABYTE)}, or set "
             f"{where}=off"
         )
@@ -234,8 +234,8 @@ def _check_room(dataset: ImageDataset, folder: Path, size: int, limit: float, wh
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"{where}: the disk of {folder} has {_words(free)} left, {dataset.spec} needs "
-            f"{_words(size)}; free some space, choose another folder, or set {where}=off"
+            f"{where}: the disk of {folder} has {bytes_in_words(free)} left, {dataset.spec} needs "
+            f"{bytes_in_words(size)}; free some space, choose another folder, or set {where}=off"
         )
 
 
@@ -321,12 +321,3 @@ def _news(say: Say, where: str) -> Callable[[int, int], None]:
             say(f"{where}: {done:,} of {total:,} images packed")
 
     return tell
-
-
-def _words(count: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -32,7 +32,7 @@ from dino_kd.data.mixing import Answers, Views
 from dino_kd.distributed import all_gather_objects, is_main_process, on_main, rank, world_size
 from dino_kd.engine.precision import autocast
 from dino_kd.errors import ConfigError, Interrupted, UserError
-from dino_kd.files import remove_leftovers, write_json, write_tensors
+from dino_kd.files import bytes_in_words, remove_leftovers, write_json, write_tensors
 from dino_kd.models.linear_head import LinearHead
 from dino_kd.schema import DistillConfig
 from dino_kd.tasks.teacher import Teacher
@@ -298,7 +298,10 @@ class TeacherCache:
 
     def _claim(self, whole: int, step_bytes: int, total_steps: int) -> bool:
         """On the main process: check the size, write the identity, delete others."""
-        sizes = f"{_words(whole)} for {total_steps:,} steps of {_words(step_bytes)} in {self.entry}"
+        sizes = (
+            f"{bytes_in_words(whole)} for {total_steps:,} steps of {bytes_in_words(step_bytes)} in "
+            f"{self.entry}"
+        )
         if whole > self.limit_gb * GIGABYTE:
             if self.folder.name == SHARED_FOLDER:
                 self.say(
@@ -326,9 +329,9 @@ class TeacherCache:
         free, missing = shutil.disk_usage(self.entry).free, whole - size(self.entry)
         if missing > free:
             raise UserError(
-                f"cache: the disk of {self.folder} has {_words(free)} left, the teacher's answers "
-                f"need {_words(missing)} more; free some space, choose another folder, or set "
-                "cache=off"
+                f"cache: the disk of {self.folder} has {bytes_in_words(free)} left, the teacher's "
+                f"answers need {bytes_in_words(missing)} more; free some space, choose another "
+                "folder, or set cache=off"
             )
         return True
 
@@ -450,12 +453,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _words(count: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

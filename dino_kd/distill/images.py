@@ -15,7 +15,7 @@ from dino_kd.data.loader import crop_batches
 from dino_kd.data.mixing import MixPolicy, Views, draw_mix
 from dino_kd.data.multicrop import CropPolicy, supervised_policy
 from dino_kd.data.packed import pack_folder
-from dino_kd.data.renderers import make_renderer
+from dino_kd.data.renderers import Renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.data.splits import holdout
 from dino_kd.distributed import processes_here, rank, world_size
@@ -121,6 +121,7 @@ def view_batches(
     settings: DistillConfig,
     images: TrainingImages,
     size: tuple[int, int],
+    renderer: Renderer,
     *,
     start_step: int,
     total_steps: int,
@@ -144,7 +145,7 @@ def view_batches(
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         pin_memory=device.type == "cuda",
         workers=settings.data.workers,
-        renderer=make_renderer(settings.data.renderer),
+        renderer=renderer,
     )
     with closing(watched(batches, broken, settings.run_dir, start_step)) as seen:
         for step, batch in enumerate(seen, start=start_step):

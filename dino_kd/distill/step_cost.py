@@ -15,10 +15,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dino_kd.distill.images import view_batches
 from dino_kd.distill.story import make_schedules, prepare
 from dino_kd.engine.hooks import BrokenImages
-from dino_kd.engine.loop import Progress, fit
+from dino_kd.engine.loop import Progress, Silence, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.schedules import constant
 from dino_kd.engine.signals import StopFlag
@@ -60,33 +59,20 @@ def median_step(settings: DistillConfig, device: torch.device) -> float:
         ends.append(time.perf_counter())
         return {}
 
-    batches = view_batches(  # from step 1 on: the first one would leave a picture
-        lesson.settings, lesson.images, task.student.backbone.img_size, start_step=1,
-        total_steps=total + 1, device=device, broken=broken,
-    )  # fmt: skip
+    batches = lesson.batches(1, total + 1, broken)  # the first one, of step 0, leaves a picture
     with closing(batches):
         fit(
             task,
             batches,
             make_optimizer(optim.name, parameter_groups(task), momentum=optim.sgd_momentum),
             {**make_schedules(lesson), "compare_gradients": constant(0.0)},
-            replace(
-                fit_options(settings, span, device), total_steps=total, precision=optim.precision
-            ),
+            replace(fit_options(lesson.settings, span, device), total_steps=total),
             progress=Progress(),
             scaler=torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16"),
-            log=_Silence(),
+            log=Silence(),
             save=lambda progress: None,
             hooks=[note],
             stop=stop,
         )
     costs = [later - earlier for earlier, later in itertools.pairwise(ends)]
     return statistics.median(costs[_SETTLING - 1 :])
-
-
-class _Silence:
-    """A log that keeps nothing."""
-
-    def numbers(self, step: int, values: dict[str, float]) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from dino_kd.data.loader import EvalTransform, image_batches
+from dino_kd.data.mixing import Views
 from dino_kd.data.packed import packed
-from dino_kd.data.renderers import make_renderer
+from dino_kd.data.renderers import Renderer, make_renderer
 from dino_kd.distill.cache import TeacherCache, teacher_folder
 from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
 from dino_kd.distill.teachers import match_classes, number_of_logits, open_teacher, randomise
@@ -76,12 +77,22 @@ class Lesson:
     weights: dict[str, float]
     class_names: list[str] | None
     log: RunLog
+    renderer: Renderer
     notes: list[str] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
         """The run directory."""
         return Path(self.settings.run_dir)
+
+    def batches(
+        self, start_step: int, total_steps: int, broken: BrokenImages
+    ) -> Generator[Views, None, None]:
+        """This process's share of every batch from `start_step` on; see `view_batches`."""
+        return view_batches(
+            self.settings, self.images, self.task.student.backbone.img_size, self.renderer,
+            start_step=start_step, total_steps=total_steps, device=self.device, broken=broken,
+        )  # fmt: skip
 
 
 def distill(settings: DistillConfig, *, control: bool = False) -> Path:
@@ -111,7 +122,7 @@ def distill(settings: DistillConfig, *, control: bool = False) -> Path:
             {
                 "device": str(device),
                 "precision": lesson.settings.optim.precision,
-                "renderer": make_renderer(lesson.settings.data.renderer).name,
+                "renderer": lesson.renderer.name,
             }
         )
         for line in describe(lesson):
@@ -150,7 +161,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
     notes: list[str] = []
     if not labels_alone:
         teachers, notes = open_teachers(settings, images, control)
-    make_renderer(settings.data.renderer, notes.append)
+    renderer = make_renderer(settings.data.renderer, notes.append)
     class_names = classes_of(settings, images, teachers)
     num_classes = None if class_names is None else len(class_names)
     span = make_span(
@@ -174,7 +185,9 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
     for backbone in (student, *(teacher.backbone for teacher in teachers)):
         attention_backend(backbone, device.type, DTYPES[optim.precision])
     log = make_log(settings)
-    return Lesson(settings, device, images, span, teachers, task, weights, class_names, log, notes)
+    return Lesson(
+        settings, device, images, span, teachers, task, weights, class_names, log, renderer, notes
+    )
 
 
 def check_part_of_batch(settings: DistillConfig, task: DistillTask) -> None:
@@ -322,10 +335,7 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
 
         on_main(write)
 
-    batches = view_batches(
-        settings, lesson.images, task.student.backbone.img_size, start_step=progress.step,
-        total_steps=span.total_steps, device=lesson.device, broken=broken,
-    )  # fmt: skip
+    batches = lesson.batches(progress.step, span.total_steps, broken)
     cleanup.callback(batches.close)
     if cache is not None:
         cleanup.callback(cache.close)
@@ -359,7 +369,7 @@ def open_cache(lesson: Lesson) -> TeacherCache | None:
     identity = {
         "images": on_main(train.fingerprint),
         "views": repr(view_policies(settings, size)),
-        "renderer": make_renderer(settings.data.renderer).name,  # answers belong to exact pixels
+        "renderer": lesson.renderer.name,  # answers belong to exact pixels
         "seed": settings.seed,
         "batch_size": settings.optim.batch_size,
     }

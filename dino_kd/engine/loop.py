@@ -54,6 +54,14 @@ class Log(Protocol):
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
 
+class Silence:
+    """A log that keeps nothing, for steps that are only timed."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
+
+
 Hook = Callable[[int, nn.Module, dict[str, float]], dict[str, float]]
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from dino_kd.data import crop_maker
-from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import (
     CropBatch,
     EvalTransform,
@@ -34,34 +33,10 @@ from dino_kd.data.multicrop import (
 from dino_kd.data.pictures import save_crop_picture
 from dino_kd.data.renderers import PillowRenderer, make_renderer
 from dino_kd.errors import ConfigError, DataError
+from tests.in_memory import Memory, assert_same
 
 POLICY = CropPolicy(global_size=(8, 6), local_size=(4, 4), num_local_crops=3)
 EDGE = CropPolicy(global_size=(8, 8), local_size=(4, 4), num_local_crops=0)
-
-
-class Memory:
-    """Images in memory, of various sizes; those in `broken` cannot be read."""
-
-    spec, labels, class_names = "memory", None, None
-
-    def __init__(self, count: int, broken: tuple[int, ...] = (), channels: int = 3) -> None:
-        rng = np.random.default_rng(0)
-        self.images = [
-            rng.integers(0, 256, (9 + i % 4, 12 - i % 3, channels), dtype=np.uint8)
-            for i in range(count)
-        ]
-        self.broken = broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> np.ndarray:
-        if index in self.broken:
-            raise BrokenImage(self.path(index), "cut")
-        return self.images[index]
-
-    def path(self, index: int) -> str:
-        return f"memory[{index}]"
 
 
 class Failing(Memory):
@@ -91,15 +66,6 @@ def batches(dataset: Memory, **changes: object) -> list[CropBatch]:
         **changes,
     }  # fmt: skip
     return list(crop_batches(dataset, POLICY, **options))  # type: ignore[arg-type]
-
-
-def assert_same(ours: list[CropBatch], theirs: list[CropBatch]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.indices, b.indices)
-        assert torch.equal(a.crops.global_crops, b.crops.global_crops)
-        assert torch.equal(a.crops.local_crops, b.crops.local_crops)
-        assert [str(x) for x in a.broken] == [str(x) for x in b.broken]
 
 
 def test_batches_follow_their_definition() -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from dino_kd.data.crop_maker import CropMaker
-from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import (
     CropBatch,
     EvalTransform,
@@ -29,34 +28,22 @@ from dino_kd.data.multicrop import CropPolicy
 from dino_kd.data.renderers import make_renderer
 from dino_kd.data.threads import AHEAD, BufferRing
 from dino_kd.errors import ConfigError, DataError
+from tests.in_memory import Memory as InMemory
+from tests.in_memory import assert_same
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = CropPolicy(global_size=(8, 6), local_size=(4, 4), num_local_crops=3)
 
 
-class Memory:
-    """Images in memory, of various sizes; those in `broken` cannot be read."""
-
-    spec, labels, class_names = "memory", None, None
+class Memory(InMemory):
+    """Some broken images, and reads that end in another order than they began."""
 
     def __init__(self, count: int = 23, broken: tuple[int, ...] = (4, 9)) -> None:
-        rng = np.random.default_rng(0)
-        self.images = [
-            rng.integers(0, 256, (9 + i % 4, 12 - i % 3, 3), dtype=np.uint8) for i in range(count)
-        ]
-        self.broken = broken
-
-    def __len__(self) -> int:
-        return len(self.images)
+        super().__init__(count, broken)
 
     def read(self, index: int) -> np.ndarray:
-        time.sleep((index * 7 % 5) * 1e-4)  # threads finish in another order than they began
-        if index in self.broken:
-            raise BrokenImage(self.path(index), "cut")
-        return self.images[index]
-
-    def path(self, index: int) -> str:
-        return f"memory[{index}]"
+        time.sleep((index * 7 % 5) * 1e-4)
+        return super().read(index)
 
     def fingerprint(self) -> str:
         return "memory"
@@ -94,15 +81,6 @@ def batches(data: Memory, **changes: object) -> list[CropBatch]:
         "workers": "threads", **changes,
     }  # fmt: skip
     return list(crop_batches(data, POLICY, **options))  # type: ignore[arg-type]
-
-
-def assert_same(ours: list[CropBatch], theirs: list[CropBatch]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.indices, b.indices)
-        assert torch.equal(a.crops.global_crops, b.crops.global_crops)
-        assert torch.equal(a.crops.local_crops, b.crops.local_crops)
-        assert [str(x) for x in a.broken] == [str(x) for x in b.broken]
 
 
 def loader_threads() -> list[threading.Thread]:
