@@ -132,11 +132,11 @@ def report(rivals: dict[str, Callable[[], dict[int, torch.Tensor]]], rounds: int
             seconds[name].append(spent)
             memory[name] = max(memory[name], gib)
     first = next(iter(rivals))
-    for name, spent in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[first], spent, strict=True))
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[first], times, strict=True))
         same = sum((found[name][k] == found[first][k]).double().mean().item() for k in KS)
         print(
-            f"  {name:<36} {statistics.median(spent):8.2f} s   x{ratio:5.2f}   "
+            f"  {name:<36} {statistics.median(times):8.2f} s   x{ratio:5.2f}   "
             f"{memory[name]:5.2f} GiB above bank   {100 * same / len(KS):.3f} % equal predictions"
         )
 

@@ -10,6 +10,7 @@ is multiplied from them is marked "extrapolated". Then the 52 heads of `dino-kd 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -136,7 +137,9 @@ def main() -> None:
         epochs = [seconds(lambda: epoch_of_grid(grid, features, labels)) for _ in range(20)]
         grids.append(sum(epochs) / len(epochs))
         one = [features[:, part].contiguous() for part in columns.values()]
-        singles.append(sum(seconds(lambda x=x: epoch_of_one_head(x, labels)) for x in one) * RATES)
+        singles.append(
+            sum(seconds(functools.partial(epoch_of_one_head, x, labels)) for x in one) * RATES
+        )
     one_pass, all_heads, in_turn = (sorted(t)[2] for t in (passes, grids, singles))
     heads = RATES * len(columns)
     print(

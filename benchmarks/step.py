@@ -36,7 +36,7 @@ from dino_kd.engine.precision import DTYPES, autocast, choose_precision
 from dino_kd.engine.signals import StopFlag
 from dino_kd.models.backbone import attention_backend, create_backbone
 from dino_kd.models.head import DINOHead
-from dino_kd.tasks.dino import DinoTask
+from dino_kd.tasks.dino import DinoTask, Network
 
 CPU = torch.device("cpu")
 VALUES = {
@@ -103,7 +103,7 @@ class OriginalStep:
                 target.data.mul_(VALUES["momentum"]).add_((1 - VALUES["momentum"]) * source.data)
 
     @staticmethod
-    def outputs(network: torch.nn.Module, groups: list[Tensor]) -> Tensor:
+    def outputs(network: Network, groups: list[Tensor]) -> Tensor:
         """Logits ``[S, B, K]``; every token goes through every block."""
         backbone = network.backbone
         features = [backbone.net(backbone.preprocess(crops.flatten(0, 1))) for crops in groups]
@@ -196,8 +196,27 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches = self.reads = 0
+        self._tolist = torch.Tensor.tolist
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+    def __enter__(self) -> Counting:
+        """Reads by `tolist` too, which is no operation and passes by the dispatcher."""
+
+        def tolist(tensor: torch.Tensor) -> Any:
+            self.reads += 1
+            return self._tolist(tensor)
+
+        torch.Tensor.tolist = tolist  # type: ignore[assignment, method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """As it was."""
+        super().__exit__(*error)
+        torch.Tensor.tolist = self._tolist  # type: ignore[method-assign]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.launches += not function.is_view
         self.reads += function.overloadpacket is torch.ops.aten._local_scalar_dense
         return function(*args, **kwargs or {})

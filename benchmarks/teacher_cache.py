@@ -11,12 +11,13 @@ teacher's, and how far the losses are from those of the run that filled the cach
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class StepTimes:
         self.ends = [time.process_time()]
         self.losses: list[float] = []
 
-    def row(self, numbers: dict[str, Any]) -> None:
+    def row(self, numbers: Mapping[str, float]) -> None:
         """Note one step."""
         self.ends.append(time.process_time())
         self.losses.append(numbers["loss"])
@@ -76,14 +77,15 @@ def run(words: list[str], run_dir: Path, cache: str) -> StepTimes:
     """One distillation; what its log was told of every step."""
     times, told = StepTimes(), RunLog.numbers
 
-    def numbers(self: RunLog, step: int, row: dict[str, Any]) -> None:
+    def numbers(self: RunLog, step: int, row: Mapping[str, float]) -> None:
         times.row(row)
         told(self, step, row)
 
-    RunLog.numbers = numbers  # type: ignore[method-assign]
+    RunLog.numbers = numbers  # type: ignore[assignment, method-assign]
     try:
         given = [*words, f"run_dir={run_dir}", f"cache={cache}"]
-        story.distill(load_settings(DistillConfig, given, command="distill"))
+        with contextlib.redirect_stdout(io.StringIO()):  # the table is what is to be read
+            story.distill(load_settings(DistillConfig, given, command="distill"))
     finally:
         RunLog.numbers = told  # type: ignore[method-assign]
     return times

@@ -23,25 +23,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dino_kd import pretrain as story
 from dino_kd.config import load_settings
-from dino_kd.crop_sizes import crop_curriculum, crop_policy, describe_sizes
+from dino_kd.crop_sizes import describe_sizes
 from dino_kd.data.curriculum import Curriculum
-from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.multicrop import CropPolicy
-from dino_kd.data.renderers import make_renderer
 from dino_kd.data.specs import make_dataset
 from dino_kd.engine.hooks import KnnMonitor
-from dino_kd.engine.loop import Progress, fit
-from dino_kd.engine.optim import make_optimizer, parameter_groups
-from dino_kd.engine.precision import DTYPES, choose_precision
+from dino_kd.engine.loop import Progress, Silence, fit
+from dino_kd.engine.precision import choose_precision
 from dino_kd.engine.signals import StopFlag
 from dino_kd.features import extract_features
-from dino_kd.models.backbone import Backbone, attention_backend
-from dino_kd.presets import Plan, fit_options, make_plan, resolve_auto
+from dino_kd.models.backbone import Backbone
+from dino_kd.presets import fit_options
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
+from dino_kd.training import Training, prepare
 
 PLAIN = ["optim.precision=fp32", "data.renderer=pillow"]  # and `make_plain`
 CIFAR = {
@@ -95,82 +92,53 @@ class Watch:
         return found
 
 
-class Silent:
-    """Where the loop's log goes."""
-
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        """Nothing: the scores are printed by `Watch`."""
-
-    def progress(self, step: int, total: int, values: dict[str, float]) -> None:
-        """Nothing."""
+class Warnings(Silence):
+    """The loop's log; the scores are printed by `Watch`."""
 
     def warn(self, text: str) -> None:
         """Rare, and worth knowing."""
         print(f"    warning: {text}")
 
 
-@dataclass
-class Side:
-    """One way to train: everything that `fit` needs, not yet trained."""
-
-    settings: PretrainConfig
-    plan: Plan
-    images: ImageDataset
-    task: DinoTask
-    curriculum: Curriculum
-
-    def train(
-        self, policy: Curriculum | CropPolicy, steps: int, hooks: list[Watch], stop: StopFlag
-    ) -> None:
-        """The first `steps` steps from the present weights, fed as `dino-kd pretrain` is."""
-        settings, plan = self.settings, self.plan
-        head, optim = self.task.student.head, settings.optim
-        groups = parameter_groups(self.task.student, head.prototype_parameters())
-        batches = crop_batches(
-            self.images, policy, batch_size=optim.batch_size, seed=settings.seed,
-            start_step=0, total_steps=steps, renderer=make_renderer(settings.data.renderer),
-        )  # fmt: skip
-        options = fit_options(settings, plan, CPU)
-        fit(
-            self.task,
-            (batch.crops for batch in batches),
-            make_optimizer(optim.name, groups, momentum=optim.sgd_momentum),
-            story.make_schedules(settings, plan),
-            replace(options, total_steps=steps, log_every=0, save_every=0),
-            progress=Progress(),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            log=Silent(),
-            save=lambda progress: None,
-            hooks=hooks,
-            stop=stop,
-        )
-
-
-def build(words: list[str], train: str) -> Side:
-    """One side from its settings; the plain one without what the library does for speed alone."""
-    given = [f"data.train={train}", "run_dir=unused", "device=cpu"]
-    settings = load_settings(PretrainConfig, [*words, *given], command="pretrain")
-    precision = choose_precision(settings.optim.precision, CPU)
-    images = make_dataset(train)
-    plan = make_plan(settings, len(images), 1)
-    settings, _ = resolve_auto(settings, plan, precision)
-    task = story.build_task(settings)
-    for network in (task.student, task.teacher):
-        attention_backend(network.backbone, "cpu", DTYPES[precision])
-    curriculum = crop_curriculum(
-        settings.curriculum, crop_policy(settings), task.student.backbone,
-        steps=plan.steps(settings.curriculum.length), total_steps=plan.total_steps,
+def train(
+    side: Training, policy: Curriculum | CropPolicy, steps: int, hooks: list[Watch], stop: StopFlag
+) -> None:
+    """The first `steps` steps from the present weights, fed as `dino-kd pretrain` is."""
+    settings = side.settings
+    batches = crop_batches(
+        side.dataset, policy, batch_size=settings.optim.batch_size, seed=settings.seed,
+        start_step=0, total_steps=steps, renderer=side.renderer,
     )  # fmt: skip
+    options = fit_options(settings, side.plan, CPU)
+    fit(
+        side.task,
+        (batch.crops for batch in batches),
+        side.optimizer(),
+        side.schedules(),
+        replace(options, total_steps=steps, log_every=0, save_every=0),
+        progress=Progress(),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        log=Warnings(),
+        save=lambda progress: None,
+        hooks=hooks,
+        stop=stop,
+    )
+
+
+def build(words: list[str], data: str) -> Training:
+    """One side from its settings; the plain one without what the library does for speed alone."""
+    given = [f"data.train={data}", "run_dir=unused", "device=cpu"]
+    made = prepare(load_settings(PretrainConfig, [*words, *given], command="pretrain"), CPU)
     if set(PLAIN) <= set(words):
-        make_plain(task)
-    return Side(settings, plan, images, task, curriculum)
+        make_plain(made.task)
+    return made
 
 
-def race(side: Side, test: str, args: argparse.Namespace) -> list[Score]:
+def race(side: Training, test: str, args: argparse.Namespace) -> list[Score]:
     """Train until the target or the end; the scores on the way."""
     backbone, batch = side.task.teacher.backbone, side.settings.optim.batch_size
     monitor = KnnMonitor(
-        backbone, side.images, make_dataset(test),
+        backbone, side.dataset, make_dataset(test),
         extract=functools.partial(
             extract_features, size=backbone.img_size, precision=args.scoring
         ),
@@ -179,23 +147,23 @@ def race(side: Side, test: str, args: argparse.Namespace) -> list[Score]:
     )  # fmt: skip
     stop = StopFlag()
     watch = Watch(monitor, batch_size=batch, target=args.target, stop=stop)
-    side.train(side.curriculum, side.plan.total_steps, [watch], stop)
+    train(side, side.crops, side.plan.total_steps, [watch], stop)
     return watch.scores
 
 
-def costs(sides: dict[str, Side], images: int, rounds: int = 3) -> dict[str, list[float]]:
+def costs(sides: dict[str, Training], images: int, rounds: int = 3) -> dict[str, list[float]]:
     """Processor seconds per image of each stage of each side, median of interleaved rounds.
 
     Prints them with the ratio to the first. These are what busy neighbours disturb least.
     """
-    stages = [(name, policy) for name in sides for _, policy in sides[name].curriculum.stages]
+    stages = [(name, policy) for name in sides for _, policy in sides[name].crops.stages]
     times: list[list[float]] = [[] for _ in stages]
     for number in range(rounds + 1):  # the first warms up
         for (name, policy), seconds in zip(stages, times, strict=True):
             side = sides[name]
             steps = max(1, images // side.settings.optim.batch_size)
             began = time.process_time()
-            side.train(policy, steps, [], StopFlag())
+            train(side, policy, steps, [], StopFlag())
             if number:
                 spent = time.process_time() - began
                 seconds.append(spent / steps / side.settings.optim.batch_size)
@@ -226,10 +194,10 @@ def first(scores: list[Score], target: float) -> Score | None:
     return next((score for score in scores if score.top1 >= target), None)
 
 
-def work(side: Side, score: Score, seconds: list[float]) -> float:
+def work(side: Training, score: Score, seconds: list[float]) -> float:
     """Processor seconds until `score` at the interleaved costs per image of each stage."""
     batch = side.settings.optim.batch_size
-    starts = [first * batch for first, _ in side.curriculum.stages]
+    starts = [first * batch for first, _ in side.crops.stages]
     ends = [*starts[1:], score.images]
     seen = [max(0, min(end, score.images) - start) for start, end in zip(starts, ends, strict=True)]
     return sum(count * cost for count, cost in zip(seen, seconds, strict=True))
@@ -237,7 +205,7 @@ def work(side: Side, score: Score, seconds: list[float]) -> float:
 
 def report(
     found: dict[str, list[Score]],
-    sides: dict[str, Side],
+    sides: dict[str, Training],
     medians: dict[str, list[float]],
     target: float,
 ) -> None:
