@@ -6,16 +6,21 @@ The same command runs as plain `python` (no process group) and under torchrun (n
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dino_kd.errors import ConfigError, UserError
 
+if TYPE_CHECKING:  # its import takes long, and only sharded networks need it
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
+_meshes: list[DeviceMesh] = []
 
 
 @contextlib.contextmanager
@@ -37,6 +42,27 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
     finally:
         if joins and dist.is_initialized():
             dist.destroy_process_group()
+            _end_threads()
+
+
+def device_mesh(device: torch.device) -> DeviceMesh:
+    """All processes in one row, for tensors that are shared out over them; ends with the group."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    _meshes.append(init_device_mesh(device.type, (world_size(),)))
+    return _meshes[-1]
+
+
+def _end_threads() -> None:
+    """Let go of the ended group: its threads must not meet the end of the interpreter.
+
+    Caches of PyTorch keep meshes for the whole process, and sharded networks refer to themselves.
+    """
+    for mesh in _meshes:
+        getattr(mesh, "_pg_registry", {}).clear()  # older versions keep the names of groups alone
+    if _meshes:
+        _meshes.clear()
+        gc.collect()
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:

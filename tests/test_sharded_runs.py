@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,12 @@ def both_ways(folder, rank):
         ):
             on_main(functools.partial(cut_short, folder, source, name))
             run(folder, name, "resume=true", word)
+    (folder / f"threads_{rank}").write_text(" ".join(threads_of_the_system()))
+
+
+def threads_of_the_system():
+    """Names of this process's threads as Linux knows them, PyTorch's among them."""
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +132,15 @@ def test_backbone_and_heads_of_a_sharded_run_are_those_of_its_checkpoint(runs):
     assert torch.equal(heads["student.last_layer"], state["student.head.last_layer"])
     log = (runs / "sharded" / "train.log").read_text()
     assert "on 2 x cpu, shared out over them in fp32" in log
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_nothing_of_the_group_runs_on_after_its_end(runs):
+    """Its threads could meet the interpreter's end, and abort the process after all was done."""
+    for rank in (0, 1):
+        names = (runs / f"threads_{rank}").read_text().split()
+        assert names and not [name for name in names if "gloo" in name or "tcpstore" in name]
 
 
 def test_a_single_process_is_refused_before_anything_is_written(tmp_path):

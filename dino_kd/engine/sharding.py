@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_kd.distributed import is_main_process, is_sharded_tensor, world_size
+from dino_kd.distributed import device_mesh, is_main_process, is_sharded_tensor, world_size
 from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import Backbone
 
@@ -79,10 +79,9 @@ def shard(modules: Iterable[nn.Module], device: torch.device) -> None:
         modules: the same on every process. Optimisers are made afterwards.
         device: of this process.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = device_mesh(device)
     for module in modules:
         # Before FSDP2's own hook, which an in-place operation on a view would undo.
         module.register_forward_hook(lambda _, inputs, output: _no_view(output))
