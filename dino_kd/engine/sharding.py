@@ -185,7 +185,9 @@ def _averages(device: torch.device) -> bool:
     """
     mean = torch.zeros(1, device=device)
     ones = torch.ones(world_size(), device=device)
-    dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
+    # `reduce_scatter_single` since 2.14, which warns of the older name.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(mean, ones, op=dist.ReduceOp.AVG)
     return mean.item() == 1.0
 
 
