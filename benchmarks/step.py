@@ -6,21 +6,23 @@ python benchmarks/step.py --size small --batch 64 --rounds 7
 The same network, crops and batch. The original's step is written as its paper and code give it:
 one pass per resolution, softmax(q k) v, every token through the last block, the loss pair by pair,
 gradients clipped one parameter at a time, AdamW without fusion, and a loop for the teacher. Times
-are processor time at one thread, so that neighbours disturb little; memory is the peak of a fresh
-process.
+are processor time at one thread, so that neighbours disturb little, of processes that take turns,
+each with the environment that its users have; memory is the peak of a fresh process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import os
 import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from loss import pair_by_pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dino_kd.cli import ENVIRONMENT
 from dino_kd.data.multicrop import Crops
 from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
@@ -176,18 +179,56 @@ COUNTED = ("original, fp32", "dino_kd, bf16")  # each is a process of its own
 
 
 def measure_time(size: str, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of every rival, in rounds of one step each."""
-    torch.set_num_threads(1)
-    crops = make_crops(size, batch)
-    times: dict[str, list[float]] = {name: [] for name in RIVALS}
-    steps = {name: make(build(size)) for name, make in RIVALS.items()}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.process_time()
-            step(crops)
-            if number:  # the first round warms up
-                times[name].append(time.process_time() - started)
+    """Seconds of processor time of every rival, in rounds of one step each.
+
+    Each lives in a process of its own, with the environment that its users have.
+    """
+    with contextlib.ExitStack() as stack:
+        rivals = {name: stack.enter_context(in_turn(size, batch, name)) for name in RIVALS}
+        times: dict[str, list[float]] = {name: [] for name in RIVALS}
+        for number in range(rounds + 1):
+            for name, step in rivals.items():
+                seconds = step()
+                if number:  # the first round warms up
+                    times[name].append(seconds)
     return times
+
+
+@contextlib.contextmanager
+def in_turn(size: str, batch: int, name: str) -> Iterator[Callable[[], float]]:
+    """A process with one rival; every call makes it take a step and returns the seconds."""
+    words = ["--size", size, "--batch", str(batch), "--steps-of", name]
+    with subprocess.Popen(
+        [sys.executable, __file__, *words], text=True, env=environment(name),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        asked, answer = process.stdin, process.stdout
+        assert asked is not None
+        assert answer is not None
+
+        def step() -> float:
+            asked.write("step\n")
+            asked.flush()
+            return float(answer.readline())
+
+        yield step
+        asked.close()
+
+
+def environment(name: str) -> dict[str, str]:
+    """Of this process, and what `dino-kd` adds for itself."""
+    plain = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
+    return {**plain, **ENVIRONMENT} if name.startswith("dino_kd") else plain
+
+
+def steps_of(size: str, batch: int, name: str) -> None:
+    """A step of one rival for every line read; prints the seconds of processor time."""
+    torch.set_num_threads(1)
+    crops, step = make_crops(size, batch), RIVALS[name](build(size))
+    for _ in sys.stdin:
+        started = time.process_time()
+        step(crops)
+        print(time.process_time() - started, flush=True)
 
 
 class Counting(TorchDispatchMode):
@@ -226,7 +267,9 @@ def measure_memory(size: str, batch: int, name: str) -> tuple[float, int, int]:
     """Peak resident MB of a fresh process that takes two steps; launches and reads of a third."""
     words = ["--size", size, "--batch", str(batch), "--peak-of", name]
     command = [sys.executable, __file__, *words]
-    made = subprocess.run(command, check=True, capture_output=True, text=True)
+    made = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment(name)
+    )
     peak, launches, reads = made.stdout.splitlines()[-1].split()
     return float(peak), int(launches), int(reads)
 
@@ -259,9 +302,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="0: memory and counts only")
     parser.add_argument("--peak-of", choices=RIVALS, help=argparse.SUPPRESS)
+    parser.add_argument("--steps-of", choices=RIVALS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.peak_of:
         peak_of(chosen.size, chosen.batch, chosen.peak_of)
+        return
+    if chosen.steps_of:
+        steps_of(chosen.size, chosen.batch, chosen.steps_of)
         return
     if choose_precision("auto", CPU) != "bf16":
         print("this processor has no bf16: a default run takes the fp32 step")

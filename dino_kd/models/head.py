@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_kd.models.unit_rows import unit_rows
+
 _EPS = 1e-6  # far below any real length, far above float32's rounding near zero
 
 
@@ -80,8 +82,12 @@ class DINOHead(nn.Module):
         return F.linear(z, self._prototypes())
 
     def _prototypes(self) -> Tensor:
-        prototypes = F.normalize(self.last_layer.float(), dim=-1, eps=_EPS)  # [K, bottleneck_dim]
-        return prototypes if self.lengths is None else prototypes * self.lengths[:, None]
+        if self.lengths is not None:
+            return unit_rows(self.last_layer, _EPS, torch.float32) * self.lengths[:, None]
+        device = self.last_layer.device.type
+        low = torch.is_autocast_enabled(device)  # what the product is taken in
+        dtype = torch.get_autocast_dtype(device) if low else torch.float32
+        return unit_rows(self.last_layer, _EPS, dtype)  # [K, bottleneck_dim]
 
     def prototype_parameters(self) -> list[nn.Parameter]:
         """What stays fixed while the last layer is frozen."""
