@@ -10,9 +10,6 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.done
 
-# Waiting threads sleep: spinning ones slow busy neighbours down, most of all on few cores.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help install demo test test-all lint format bench docs wheel check
 
 help:

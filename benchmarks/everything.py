@@ -4,7 +4,8 @@ python benchmarks/everything.py                         to the screen
 python benchmarks/everything.py --write docs/results.md and between the markers of that page
 python benchmarks/everything.py knn loss                only these
 
-Each script is a process of its own, so that one's memory and threads do not disturb the next.
+Each script is a process of its own, so that one's memory and threads do not disturb the next, with
+the environment that `dino-kd` sets for itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+from dino_kd.cli import ENVIRONMENT
 from dino_kd.files import write_text
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +61,7 @@ def run(name: str) -> tuple[str, float, int]:
         capture_output=True,
         text=True,
         check=False,
+        env={**ENVIRONMENT, **os.environ},
     )
     seconds = time.perf_counter() - started
     told = done.stdout if done.returncode == 0 else done.stdout + done.stderr

@@ -21,11 +21,14 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
 
 MainFunction = Callable[[list[str]], "int | None"]
 
-# Defaults of every command's process, read when torch is first imported.
+# Defaults of every command's process, read when torch is first imported; docs/results.md.
 ENVIRONMENT = {
-    # Threads that wait must sleep: with busy loader processes beside them, OpenMP's default of
-    # spinning was measured up to 5 times slower on 2 cores.
+    # Threads that wait must soon sleep: with a busy process beside them, OpenMP's default of spinning
+    # for milliseconds made training 3 times slower on 2 cores. Asleep at once, they wake too late for
+    # the small operations between two products. So they spin for some 10 microseconds. The second
+    # name is GNU's, which wins over the first.
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "1000",
     # Large tensors in pages of 2 MB, where Linux gives them when asked (`madvise`): a step that
     # gets its memory 4 kB at a time was measured to spend a tenth to a third of its time on that.
     "THP_MEM_ALLOC_ENABLE": "1",
@@ -74,8 +77,7 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
     """
     from dino_kd.config import HelpRequested
 
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     try:
         code = main_function(argv) or 0
         sys.stdout.flush()
@@ -95,6 +97,14 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
         if not _reader_is_gone():
             raise  # some other pipe, such as one to a loader process
         return EXIT_BROKEN_PIPE
+
+
+def set_environment() -> None:
+    """Take the defaults of `ENVIRONMENT` where nothing is set; a given wait policy stands alone."""
+    has_policy = "OMP_WAIT_POLICY" in os.environ
+    for name, value in ENVIRONMENT.items():
+        if not (has_policy and name == "GOMP_SPINCOUNT"):
+            os.environ.setdefault(name, value)
 
 
 def load_command(module: str) -> MainFunction:

@@ -148,11 +148,21 @@ def test_the_environment_is_set_unless_it_says_otherwise(
         seen.append(os.environ.get(name))
         return 0
 
-    monkeypatch.delenv(name, raising=False)
+    for each in cli.ENVIRONMENT:
+        monkeypatch.delenv(each, raising=False)
     cli.run(look, [])
     monkeypatch.setenv(name, "other")
     cli.run(look, [])
     assert seen == [cli.ENVIRONMENT[name], "other"]
+
+
+def test_a_wait_policy_that_is_given_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in cli.ENVIRONMENT:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cli.set_environment()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_large_tensors_lie_in_large_pages() -> None:
