@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,16 @@ RIVALS: dict[str, Callable[[DinoTask], Callable[[Crops], None]]] = {
 COUNTED = ("original, fp32", "dino_kd, bf16")  # each is a process of its own
 
 
-def measure_time(size: str, batch: int, rounds: int) -> dict[str, list[float]]:
+def measure_time(
+    size: str, batch: int, rounds: int, names: Iterable[str] = RIVALS
+) -> dict[str, list[float]]:
     """Seconds of processor time of every rival, in rounds of one step each.
 
     Each lives in a process of its own, with the environment that its users have.
     """
     with contextlib.ExitStack() as stack:
-        rivals = {name: stack.enter_context(in_turn(size, batch, name)) for name in RIVALS}
-        times: dict[str, list[float]] = {name: [] for name in RIVALS}
+        rivals = {name: stack.enter_context(in_turn(size, batch, name)) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in rivals}
         for number in range(rounds + 1):
             for name, step in rivals.items():
                 seconds = step()

@@ -1,0 +1,70 @@
+"""The benchmarks' ratios, small and with slack: what was made fast stays so.
+
+Processor time, so that neighbours disturb little, and the best of a few rounds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_kd.hardware import cpu_has_bf16
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_named(monkeypatch):
+    """Import a script as it imports its neighbours."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_a_step_is_faster_than_the_original(benchmark_named):
+    """At 32 px; a tiny batch, where everything but the products weighs most."""
+    step = benchmark_named("step")
+    names = ["original, fp32", "dino_kd, fp32"] + ["dino_kd, bf16"] * cpu_has_bf16()
+    times = {name: min(found) for name, found in step.measure_time("small", 2, 3, names).items()}
+    original = times.pop("original, fp32")
+    ratios = {name: original / seconds for name, seconds in times.items()}
+    assert ratios["dino_kd, fp32"] > 1.1, ratios
+    if "dino_kd, bf16" in ratios:
+        assert ratios["dino_kd, bf16"] > 1.5, ratios
+
+
+def test_the_loss_is_faster_than_pair_by_pair_and_keeps_less(benchmark_named):
+    loss = benchmark_named("loss")
+    student = torch.randn(10, 8, 16_384, requires_grad=True)
+    targets = torch.softmax(torch.randn(2, 8, 16_384), -1)
+    seconds = benchmark_named("linear").median_seconds(
+        {
+            name: lambda way=way: way(student, targets, 0.1).backward()
+            for name, way in (("plain", loss.pair_by_pair), ("ours", loss.dino_cross_entropy))
+        }
+    )
+    assert seconds["plain"] > 1.2 * seconds["ours"], seconds
+    kept = [loss.kept_bytes(way, student, targets) for way in (loss.pair_by_pair,
+                                                               loss.dino_cross_entropy)]  # fmt: skip
+    assert kept[1] <= 0.4 * kept[0]
+
+
+def test_all_heads_at_once_are_faster_than_one_after_the_other(benchmark_named):
+    """Measured five times for 52 heads of 960 columns, and asserted for 16 of 128."""
+    linear = benchmark_named("linear")
+    features, labels = torch.randn(2000, 128), torch.randint(0, linear.CLASSES, (2000,))
+    grid = linear.LinearGrid({"last1": slice(0, 128)}, linear.CLASSES, [0.1] * 16)
+
+    def in_turn():
+        for _ in range(16):
+            linear.epoch_of_one_head(features, labels)
+
+    seconds = linear.median_seconds(
+        {
+            "at once": lambda: linear.epoch_of_grid(grid, features, labels),
+            "one after the other": in_turn,
+        }
+    )
+    assert seconds["one after the other"] > 1.5 * seconds["at once"], seconds
