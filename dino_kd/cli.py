@@ -23,10 +23,10 @@ MainFunction = Callable[[list[str]], "int | None"]
 
 # Defaults of every command's process, read when torch is first imported; docs/results.md.
 ENVIRONMENT = {
-    # Threads that wait must soon sleep: with a busy process beside them, OpenMP's default of spinning
-    # for milliseconds made training 3 times slower on 2 cores. Asleep at once, they wake too late for
-    # the small operations between two products. So they spin for some 10 microseconds. The second
-    # name is GNU's, which wins over the first.
+    # Threads that wait must soon sleep: with a busy process beside them, OpenMP's default of
+    # spinning for milliseconds made training 3 times slower on 2 cores. Asleep at once, they wake
+    # too late for the small operations between two products. So they spin for some 10 microseconds.
+    # The second name is GNU's, which wins over the first.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "1000",
     # Large tensors in pages of 2 MB, where Linux gives them when asked (`madvise`): a step that
