@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from dino_kd.config import load_settings
-from dino_kd.data.dataset import labels_as, require_labels
+from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
+from dino_kd.data.splits import holdout
 from dino_kd.distributed import is_main_process, process_group
 from dino_kd.features import FeatureBank
 from dino_kd.linear import Tally, choose_head
@@ -67,6 +68,8 @@ def score(settings: LinearConfig, device: torch.device) -> dict[str, Any]:
     require_labels(train, "train")
     assert train.class_names is not None  # it has labels
     test_labels = torch.from_numpy(labels_as(test, train.class_names, "test"))
+    if settings.fraction < 1:
+        train = part_of(train, settings.fraction, settings.seed)
     probe = Probe(settings, subject, train)
     probe.extract()
     queries = subject.features(test, "test", probe.extracted)
@@ -109,6 +112,13 @@ def score(settings: LinearConfig, device: torch.device) -> dict[str, Any]:
     return result
 
 
+def part_of(train: ImageDataset, fraction: float, seed: int) -> ImageDataset:
+    """The images that `dino-kd finetune` and `dino-kd distill` draw with an equal seed."""
+    assert train.labels is not None  # required before
+    used, _ = holdout(train.labels, 1 - fraction, seed)
+    return subset(train, used)
+
+
 def evaluate(head: LinearHead, queries: FeatureBank) -> Iterator[tuple[str, float]]:
     """Yield ``("linear_top1", percent)`` and ``("linear_top5", percent)`` of one head."""
     assert queries.labels is not None  # set from the class names of train
@@ -136,6 +146,7 @@ def training_protocol(probe: Probe) -> dict[str, Any]:
         "optimiser": f"SGD, momentum {MOMENTUM}, no weight decay, heads start from zero",
         "epochs": settings.epochs,
         "train_batch": probe.batch_size,
+        "fraction": settings.fraction,
         "held_out": settings.held_out,
         "choice": "held-out top-1, then held-out cross-entropy",
         "retrained_on_all_images": probe.retrains,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dino_kd.lengths import parse_length
 
@@ -56,6 +56,16 @@ def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _read_percent(value: Any) -> Any:
+    """'10%' as 0.1; everything else as it is."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            return value
+    return value
+
+
 Auto = Literal["auto"]
 Text = Annotated[str, Field(min_length=1)]
 Length = Annotated[
@@ -88,6 +98,18 @@ ShareRange = Annotated[
     tuple[PositiveShare, PositiveShare],
     AfterValidator(_check_ascending),
     InWords("[low, high], both > 0 and at most 1"),
+]
+Part = Annotated[
+    float,
+    BeforeValidator(_read_percent),
+    Field(gt=0, le=1),
+    InWords("a share (0.1) or percent ('10%'), above 0 and at most 1"),
+]
+Half = Annotated[
+    float,
+    BeforeValidator(_read_percent),
+    Field(gt=0, le=0.5),
+    InWords("a share (0.1) or percent ('10%'), above 0 and at most half"),
 ]
 CropShares = Annotated[
     tuple[Share, Share, Share],  # first global crop, second global crop, local crops

@@ -4,15 +4,16 @@ where it has them; docs/finetune.md says which differ.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from dino_kd.schema.base import (
     Auto,
+    Half,
     Interval,
-    InWords,
     Length,
+    Part,
     PositiveFloat,
     PositiveInt,
     PositiveShare,
@@ -26,30 +27,6 @@ from dino_kd.schema.base import (
 )
 from dino_kd.schema.evaluators import SourceSettings
 from dino_kd.schema.pretrain import LogSettings
-
-
-def _read_percent(value: Any) -> Any:
-    """'10%' as 0.1; everything else as it is."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            return float(value.strip().removesuffix("%")) / 100
-        except ValueError:
-            return value
-    return value
-
-
-Part = Annotated[
-    float,
-    BeforeValidator(_read_percent),
-    Field(gt=0, le=1),
-    InWords("a share (0.1) or percent ('10%'), above 0 and at most 1"),
-]
-Half = Annotated[
-    float,
-    BeforeValidator(_read_percent),
-    Field(gt=0, le=0.5),
-    InWords("a share (0.1) or percent ('10%'), above 0 and at most half"),
-]
 
 
 class AugmentSettings(Settings):

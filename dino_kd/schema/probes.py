@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dino_kd.schema.base import Auto, PositiveFloat, PositiveInt, setting
+from dino_kd.schema.base import Auto, Part, PositiveFloat, PositiveInt, setting
 from dino_kd.schema.evaluators import LabelledSettings
 
 
@@ -17,6 +17,11 @@ class LinearConfig(LabelledSettings):
         "cached",
         "cached: features of centre crops, extracted once; augmented: a forward pass over random "
         "crops at every step, as the DINO paper does.",
+    )
+    fraction: Part = setting(
+        1.0,
+        "Part of train that is used, the same of every class; of equal seeds the images of "
+        "'dino-kd finetune fraction=...' and 'dino-kd distill data.labels=...'.",
     )
     inputs: list[Literal["last1", "last1+mean", "last4", "last4+mean"]] = setting(
         ["last1", "last1+mean", "last4", "last4+mean"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from dino_kd.features import extract_features
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.linear_head import check_head, load_linear_head
 from dino_kd.pretrained import backbone_hash, load_backbone, save_backbone
+from dino_kd.schema import FinetuneConfig
 from eval import linear, probe_features
+from eval.labelled import open_labelled_sets
 from eval.probe_features import INPUTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -240,6 +243,31 @@ def test_pixels_have_one_input(sets, tmp_path, mode):
     assert result["protocol"]["inputs"] == {"last1": ["output"]}
     assert "pixels have one input only, called last1 here" in result["notes"]
     assert result["metrics"]["linear_top1"] > 60  # colours separate these classes; chance is 33
+
+
+def test_a_fraction_is_the_part_that_fine_tuning_draws(sets, folder, tmp_path):
+    """As if the folder held nothing else."""
+    train = make_dataset(str(sets[0]))
+    used, _ = holdout(train.labels, 0.5, seed=3)
+    half = tmp_path / "half"
+    for index in used:
+        source = Path(train.path(int(index)))
+        (half / source.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, half / source.parent.name)
+    found = run(folder, sets, tmp_path / "part.json", "fraction=50%", "seed=3")
+    alone = run(folder, (half, sets[1]), tmp_path / "half.json", "seed=3")
+    assert found["data"]["train"]["images"] == len(used) == 18
+    assert found["heads"] == alone["heads"]
+    assert found["metrics"] == alone["metrics"]
+    heads = [load_linear_head(tmp_path / f"{name}_head.safetensors") for name in ("part", "half")]
+    for name, value in heads[0].state_dict().items():
+        assert torch.equal(value, heads[1].state_dict()[name]), name
+    tuned = FinetuneConfig(
+        backbone=str(folder), train=str(sets[0]), test=str(sets[1]), run_dir="x", fraction=0.5,
+        seed=3,
+    )  # fmt: skip
+    labelled = open_labelled_sets(tuned, 3).train
+    assert [labelled.path(i) for i in range(18)] == [train.path(int(i)) for i in used]
 
 
 def test_broken_images_are_left_out_and_counted(sets, folder, tmp_path):
