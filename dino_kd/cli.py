@@ -85,7 +85,8 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
     except HelpRequested as asked:
         return _print_quietly(str(asked))
     except Interrupted as stopped:  # somebody asked for it: no error
-        print(stopped, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes of a job have agreed on it
+            print(stopped, file=sys.stderr)
         return stopped.exit_code
     except UserError as error:
         _print_error(error)

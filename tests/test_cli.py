@@ -138,6 +138,18 @@ def test_a_reader_that_stops_early_is_quiet() -> None:
     assert process.returncode == cli.EXIT_BROKEN_PIPE
 
 
+@pytest.mark.parametrize(("rank", "said"), [("0", "stopped\n"), ("1", "")])
+def test_a_job_says_once_that_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, said: str
+) -> None:
+    def stop(argv: list[str]) -> int:
+        raise Interrupted("stopped")
+
+    monkeypatch.setenv("RANK", rank)
+    assert cli.run(stop, []) == Interrupted.exit_code
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("name", cli.ENVIRONMENT)
 def test_the_environment_is_set_unless_it_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, name: str
