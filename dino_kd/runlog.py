@@ -303,6 +303,15 @@ class RunLog:
         return send
 
 
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, oldest first; numbers that were not finite are left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
 def read_broken(run_dir: str | Path) -> list[str]:
     """The paths listed in broken_images.txt; names that are no UTF-8 come back as os.fsdecode's."""
     path = Path(run_dir) / "broken_images.txt"

@@ -43,7 +43,7 @@ from dino_kd.files import write_json, write_text
 from dino_kd.lengths import parse_length
 from dino_kd.presets import Span
 from dino_kd.rundir import open_run
-from dino_kd.runlog import RunLog
+from dino_kd.runlog import RunLog, read_rows
 from dino_kd.schema import DistillConfig, TermsSettings
 from dino_kd.tasks.teacher import Teacher
 
@@ -248,11 +248,12 @@ def training_cost(run_dir: Path, batch_size: int) -> dict[str, Any]:
 
     Raises DataError when the file holds no speed.
     """
-    path = run_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = read_rows(run_dir)
     timed = [row for row in rows if row.get("images_per_s")]
     if not timed:
-        raise DataError(f"{path} holds no speed, so equal wall-clock cannot be found")
+        raise DataError(
+            f"{run_dir}/metrics.jsonl holds no speed, so equal wall-clock cannot be found"
+        )
     later = timed[1:] or timed
     plain = [row for row in later if "gradient_cosine" not in row] or later
     cost = statistics.median(batch_size / row["images_per_s"] for row in plain)

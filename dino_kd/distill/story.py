@@ -53,7 +53,7 @@ from dino_kd.rundir import (
     training_state,
     with_absolute_path,
 )
-from dino_kd.runlog import RunLog
+from dino_kd.runlog import RunLog, read_rows
 from dino_kd.schema import CropSettings, DistillConfig, ModelSettings
 from dino_kd.tasks.distill import DistillTask, Student, needed_taps, teacher_of
 from dino_kd.tasks.teacher import Teacher
@@ -317,7 +317,9 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         max_share=settings.data.max_broken_share,
         known=state["broken"] if state else (),
     )
-    hooks: list[Hook] = [FidelityMonitor(log.warn, total_steps=span.total_steps), broken]
+    past = read_rows(lesson.run_dir) if log.is_main else ()
+    monitor = FidelityMonitor(log.warn, total_steps=span.total_steps, past=past)
+    hooks: list[Hook] = [monitor, broken]
     cache = open_cache(lesson)
 
     def save(progress: Progress) -> None:

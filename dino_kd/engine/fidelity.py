@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -29,40 +29,58 @@ class FidelityMonitor:
     """A hook that reads each row of metrics and warns once, in words, about each known trouble.
 
     Nothing is said in the first tenth of the run (at least 100 steps); a finding must hold in three
-    rows in a row. What was read before a resume is forgotten.
+    rows in a row.
+
+    Args:
+        warn: takes a sentence.
+        total_steps: of the run.
+        past: rows of metrics with their "step", from before a resume: they count, and what they
+            justified has been said.
     """
 
-    def __init__(self, warn: Callable[[str], None], *, total_steps: int) -> None:
+    def __init__(
+        self,
+        warn: Callable[[str], None],
+        *,
+        total_steps: int,
+        past: Iterable[Mapping[str, float]] = (),
+    ) -> None:
         self.warn = warn
         self.total_steps = total_steps
         self.quiet_until = max(100, total_steps // 10)
         self.said: set[str] = set()
         self.in_a_row: Counter[str] = Counter()
         self.points: list[_Point] = []
+        for row in past:
+            for name, _ in self._found(int(row["step"]), row):
+                self.said.add(name)
 
     def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
-        if not row:
-            return {}
-        if "kl" in row and "agreement" in row:
-            self.points.append(_Point(done, row["kl"], row["agreement"]))
-        if done >= self.quiet_until:
-            for name, sentence in diagnose(row, done).items():
-                self.in_a_row[name] = self.in_a_row[name] + 1 if sentence else 0
-                if self.in_a_row[name] >= _IN_A_ROW:
-                    self._say(name, done, sentence)
-        if done == self.total_steps and done >= self.quiet_until:
-            steps, kl, agreement = zip(*self.points, strict=True) if self.points else ((), (), ())
-            if sentence := capacity_gap(steps, kl, agreement, self.total_steps):
-                self._say("capacity", done, sentence)
+        for name, sentence in self._found(done, row):
+            if name not in self.said:
+                self.said.add(name)
+                self.warn(f"step {done}: {sentence}")
         return {}
 
-    def _say(self, name: str, done: int, sentence: str) -> None:
-        if name not in self.said:
-            self.said.add(name)
-            self.warn(f"step {done}: {sentence}")
+    def _found(self, done: int, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Names and sentences of what this row proves, together with those before it."""
+        if not row:
+            return
+        if "kl" in row and "agreement" in row:
+            self.points.append(_Point(done, row["kl"], row["agreement"]))
+        if done < self.quiet_until:
+            return
+        for name, sentence in diagnose(row, done).items():
+            self.in_a_row[name] = self.in_a_row[name] + 1 if sentence else 0
+            if self.in_a_row[name] >= _IN_A_ROW:
+                yield name, sentence
+        if done == self.total_steps:
+            steps, kl, agreement = zip(*self.points, strict=True) if self.points else ((), (), ())
+            if sentence := capacity_gap(steps, kl, agreement, self.total_steps):
+                yield "capacity", sentence
 
 
-def diagnose(row: dict[str, float], done: int) -> dict[str, str]:
+def diagnose(row: Mapping[str, float], done: int) -> dict[str, str]:
     """For every finding that one row of metrics can tell: a sentence, or "" when it is healthy.
 
     Gradients are in rows that compared them, ``r2/NAME`` and ``spread/NAME`` in those of terms

@@ -63,6 +63,37 @@ def test_the_start_is_quiet() -> None:
     assert late == []
 
 
+@pytest.mark.parametrize("cut", range(0, 7))
+def test_a_resumed_run_hears_what_an_uninterrupted_one_does(cut: int) -> None:
+    """Once in all: neither again after the resume, nor later because of it."""
+    rows = steady({"gradient_cosine": -0.2}, count=6)
+    steps = sorted(rows)
+    before: list[str] = []
+    first = FidelityMonitor(before.append, total_steps=1000)
+    for step in steps[:cut]:
+        first(step, TASK, rows[step])
+    after: list[str] = []
+    past = [{"step": step, **rows[step]} for step in steps[:cut]]
+    second = FidelityMonitor(after.append, total_steps=1000, past=past)
+    for step in steps[cut:]:
+        second(step, TASK, rows[step])
+    assert before + after == heard(rows)
+    assert len(before + after) == 1
+
+
+def test_a_resumed_run_can_tell_a_capacity_gap() -> None:
+    """The middle of the run was before the resume."""
+    row = {"kl": 2.0, "agreement": 40.0}
+    rows = dict.fromkeys(range(10, 1001, 10), row)
+    said: list[str] = []
+    past = [{"step": step, **row} for step in range(10, 801, 10)]
+    monitor = FidelityMonitor(said.append, total_steps=1000, past=past)
+    for step in range(810, 1001, 10):
+        monitor(step, TASK, row)
+    assert said == heard(rows)
+    assert "stopped to approach" in said[0]
+
+
 def test_the_cure_names_the_setting_of_a_second_teacher() -> None:
     sentence = diagnose({"spread/cosine_kd@1": 0.0}, 500)["collapsed/cosine_kd@1"]
     assert "terms.cosine_kd.weight" in sentence
