@@ -150,7 +150,11 @@ def _command_help(name: str) -> str:
 
     if name in SCHEMAS:
         return command_help(name, SCHEMAS[name])
-    return f"usage: dino-kd {name}\n\n{COMMANDS[name].summary}"
+    return (  # the demo: its settings are those of a pretraining
+        f"usage: dino-kd {name} [a.b=c ...]\n\n{COMMANDS[name].summary}\n\n"
+        "Settings are those of 'dino-kd pretrain'; seed=1 for another run, run_dir=FOLDER to keep\n"
+        "it elsewhere than in runs/demo, which the next demo replaces."
+    )
 
 
 def _print_quietly(text: str) -> int:

@@ -105,7 +105,22 @@ def find_config(name: str) -> Path:
         raise ConfigError(
             f"CONFIG: unknown config {name!r}; did you mean {' or '.join(map(repr, same_end))}?"
         )
-    raise unknown_name("config", name, names, where="CONFIG")
+    found = unknown_name("config", name, names, where="CONFIG")
+    if "did you mean" in str(found):
+        raise found
+    raise ConfigError(
+        f"CONFIG: unknown config {name!r}: no file, no run directory and no packaged configuration "
+        "has that name; 'dino-kd COMMAND --help' lists the packaged ones"
+    )
+
+
+def command_of(run_dir: str | Path) -> str:
+    """The command that a run directory is of, such as ``pretrain``; "" for anything else."""
+    file = Path(run_dir).expanduser() / "config.yaml"
+    tree, _ = _read_file(file, _Words())
+    keys = {str(key) for key in tree or {}}
+    fitting = (name for name, schema in COMMANDS.items() if keys <= set(schema.model_fields))
+    return next(fitting, "") if keys else ""
 
 
 def packaged_configs() -> list[str]:
@@ -140,14 +155,19 @@ def value_at(settings: Settings, path: str) -> Any:
 def command_help(command: str, schema: type[Settings]) -> str:
     """The text of ``dino-kd COMMAND --help``."""
     needed = " ".join(f"{p}={example(field)}" for p, field in leaves(schema) if field.is_required())
-    fitting = [n for n in packaged_configs() if command in n.split("/")]
+    same = {"evaluate": "suite", "bench": "pretrain"}.get(command, command)
+    fitting = ", ".join(n for n in packaged_configs() if same in n.split("/"))
+    listed = textwrap.fill(fitting, 90, initial_indent="  ", subsequent_indent="  ")
     return (
         f"usage: dino-kd {command} [CONFIG] [a.b=c ...]\n\n"
         f"{' '.join((schema.__doc__ or '').split())}\n\n"
         f"example: dino-kd {command} {needed}\n\n"
-        "CONFIG is a YAML file, a run directory, or one of\n"
-        f"{textwrap.fill(', '.join(fitting), 90, initial_indent='  ', subsequent_indent='  ')}\n"
-        "Settings given as a.b=c come after CONFIG and win over it; a.b= means none.\n\n"
+        + (
+            f"CONFIG is a YAML file, a run directory, or one of\n{listed}\n"
+            if listed
+            else "CONFIG is a YAML file.\n"
+        )
+        + "Settings given as a.b=c come after CONFIG and win over it; a.b= means none.\n\n"
         f"{describe_settings(schema)}"
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_kd.config import load_settings
+from dino_kd.config import command_of, load_settings
 from dino_kd.data.synthetic import SyntheticImages, make_synthetic
 from dino_kd.errors import ConfigError
 from dino_kd.features import FeatureBank, extract_features, pixel_features
@@ -50,6 +50,7 @@ def demo(settings: PretrainConfig, *, start_over: bool = False) -> dict[str, flo
     started = time.monotonic()
     run_dir = Path(settings.run_dir)
     if start_over and (run_dir / "config.yaml").is_file():
+        refuse_others(run_dir)
         shutil.rmtree(run_dir)
     if not settings.data.train.startswith("synthetic:textures"):
         raise ConfigError(
@@ -94,6 +95,18 @@ def demo(settings: PretrainConfig, *, start_over: bool = False) -> dict[str, flo
     print("next, your own pictures:")
     print("  dino-kd pretrain pretrain/folder data.train=/path/to/pictures run_dir=runs/mine")
     return numbers
+
+
+def refuse_others(run_dir: Path) -> None:
+    """Raise ConfigError when `run_dir`, which would be deleted, holds a run that is no demo."""
+    is_demo = command_of(run_dir) == "pretrain" and load_settings(
+        PretrainConfig, [str(run_dir)], command="pretrain"
+    ).data.train.startswith("synthetic:textures")
+    if not is_demo:
+        raise ConfigError(
+            f"{run_dir} holds a run that is no demo, and a new demo would replace it; move it, or "
+            "name another folder: dino-kd demo run_dir=FOLDER"
+        )
 
 
 def knn_of(backbone: Backbone, bank: SyntheticImages, queries: SyntheticImages) -> float:

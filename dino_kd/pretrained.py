@@ -227,6 +227,11 @@ def _load_run(run_dir: Path, branch: str) -> Backbone:
         return _load_folder(run_dir / "backbone_student")
     if branch == "teacher":
         if not folder.is_dir():
+            inside = sorted(path.parent.name for path in run_dir.glob("*/backbone"))
+            if inside:
+                raise CheckpointError(
+                    f"{run_dir} holds several runs; name one of them: {', '.join(inside)}"
+                )
             raise CheckpointError(
                 f"{run_dir} is a run that has not saved a backbone yet (no folder 'backbone' in it)"
             )

@@ -24,7 +24,12 @@ from dino_kd.data.splits import holdout
 from dino_kd.distributed import is_main_process, process_group
 from dino_kd.features import FeatureBank
 from dino_kd.linear import Tally, choose_head
-from dino_kd.models.linear_head import LinearHead, save_linear_head
+from dino_kd.models.linear_head import (
+    LinearHead,
+    fraction_name,
+    head_file,
+    save_linear_head,
+)
 from dino_kd.schema import LinearConfig
 
 from .probe import LR_BATCH, MOMENTUM, Probe
@@ -61,7 +66,8 @@ def score(settings: LinearConfig, device: torch.device) -> dict[str, Any]:
             diverged.
     """
     watch = Stopwatch()
-    output = result_path(settings, "linear")
+    part = fraction_name(settings.fraction)
+    output = result_path(settings, f"linear{part}")
     subject = open_subject(settings, device)
     train = open_images(settings, "train", subject.channels)
     test = open_images(settings, "test", subject.channels)
@@ -235,7 +241,7 @@ def notes_on_rates(probe: Probe) -> list[str]:
 def head_path(settings: LinearConfig, output: Path) -> Path:
     """eval/linear_head_BRANCH.safetensors of a run directory, else OUTPUT_head.safetensors."""
     if settings.output is None:
-        return output.with_name(f"linear_head_{settings.branch}.safetensors")
+        return output.with_name(head_file(settings.branch, settings.fraction))
     return output.with_name(f"{output.stem}_head.safetensors")
 
 

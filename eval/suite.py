@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dino_kd.config import load_settings
+from dino_kd.config import command_of, load_settings
 from dino_kd.distributed import broadcast, is_main_process, process_group
 from dino_kd.errors import ConfigError, UserError, unknown_name
 from dino_kd.files import write_json
@@ -37,7 +37,7 @@ from dino_kd.schema import (
 )
 
 from .results import Stopwatch, make_result
-from .subject import PIXELS
+from .subject import PIXELS, open_images
 
 # What may stand in a suite: eval.NAME has `score(settings, device)` and `headline(result)`.
 EVALUATORS = ("knn", "linear", "logreg", "fewshot", "quality", "retrieval", "copydetect", "video")
@@ -66,9 +66,9 @@ def main(argv: list[str]) -> int:
 
 
 def name_the_run(argv: list[str]) -> list[str]:
-    """Turn the bare word RUN into ``backbone=RUN``, with the sets that its monitor used.
+    """Turn the bare word RUN into ``backbone=RUN``, with the sets that its monitor used, if any.
 
-    What the command line names itself wins. Raises ConfigError when RUN is no pretraining run.
+    What the command line names itself wins. Raises ConfigError for a damaged pretraining run.
     """
     words = list(argv)
     for word in argv:
@@ -76,6 +76,8 @@ def name_the_run(argv: list[str]) -> list[str]:
             continue
         words.remove(word)
         words.append(f"backbone={word}")
+        if command_of(word) not in ("pretrain", ""):
+            continue  # a run of `dino-kd distill` or `finetune` has no monitor
         monitor = load_settings(PretrainConfig, [word], command="pretrain").monitor
         for name in ("train", "test"):
             spec = getattr(monitor, name)
@@ -96,6 +98,7 @@ def evaluate(settings: EvaluateConfig, device: torch.device) -> list[Column]:
     folder = result_folder(settings)
     with shared_cache(settings.cache) as cache:
         columns = plan(settings, cache, folder)
+        check_data(columns)
         for column in columns:
             for name, own in column.settings.items():
                 score(column, name, own, device, watch)
@@ -104,14 +107,26 @@ def evaluate(settings: EvaluateConfig, device: torch.device) -> list[Column]:
     if is_main_process():
         print(table(columns))
         for column in columns:
-            for name, problem in column.errors.items():
-                print(f"error: {column.title}, {name}: {problem}", file=sys.stderr)
+            for problem, names in by_problem(column.errors).items():
+                print(f"error: {column.title}, {', '.join(names)}: {problem}", file=sys.stderr)
         if folder is not None:
             write_json(
                 folder / f"suite_{settings.branch}.json", summary(columns, settings, watch, device)
             )
             print(f"every result as JSON: {folder}")
     return columns
+
+
+def check_data(columns: list[Column]) -> None:
+    """Open every data set, so that a mistake in one is told once and at once. Raises UserError."""
+    seen: set[tuple[str, str]] = set()
+    for column in columns:
+        for settings in column.settings.values():
+            for name in ("train", "test"):
+                place = name, getattr(settings, name, "")
+                if isinstance(settings, FeatureSettings) and place[1] and place not in seen:
+                    seen.add(place)
+                    open_images(settings, name, 3)
 
 
 def score(
@@ -129,6 +144,14 @@ def score(
     if is_main_process():
         outcome = "failed" if name in column.errors else "done"
         print(f"{step}: {outcome} in {watch.seconds[step]:.1f} s", flush=True)
+
+
+def by_problem(errors: dict[str, str]) -> dict[str, list[str]]:
+    """The evaluators that failed, together where they failed of the same."""
+    found: dict[str, list[str]] = {}
+    for name, problem in errors.items():
+        found.setdefault(problem, []).append(name)
+    return found
 
 
 def plan(settings: EvaluateConfig, cache: str, folder: Path | None) -> list[Column]:
@@ -187,7 +210,8 @@ def networks(settings: EvaluateConfig) -> dict[str, dict[str, Any]]:
     is_run = (Path(settings.backbone).expanduser() / "config.yaml").is_file()
     compare = settings.compare
     if compare == "auto":
-        compare = ["untrained"] if is_run else []
+        is_pretraining = is_run and command_of(settings.backbone) == "pretrain"
+        compare = ["untrained"] if is_pretraining else []  # other runs keep one network
     first = settings.branch if is_run else settings.backbone
     found: dict[str, dict[str, Any]] = {first: {}}
     for other in compare:

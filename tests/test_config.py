@@ -14,6 +14,7 @@ from dino_kd.config import (
     HelpRequested,
     changed_settings,
     command_help,
+    command_of,
     dump_settings,
     find_config,
     load_settings,
@@ -381,6 +382,23 @@ def test_help_lists_every_setting_and_how_to_start() -> None:
     assert max(map(len, text.splitlines())) <= 130
     with pytest.raises(HelpRequested, match="usage: dino-kd knn"):
         load_settings(KnnConfig, ["--help"], command="knn")
+
+
+def test_help_lists_the_configurations_that_a_command_takes() -> None:
+    assert "  eval/suite\n" in command_help("evaluate", COMMANDS["evaluate"])
+    assert "pretrain/folder" in command_help("bench", COMMANDS["bench"])
+    assert "CONFIG is a YAML file.\n" in command_help("embed", COMMANDS["embed"])
+
+
+def test_a_run_directory_tells_its_command(tmp_path: Path) -> None:
+    assert command_of(tmp_path) == ""
+    for command, schema in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+        words = [*NEEDED] if command == "pretrain" else [*KNN_NEEDED, "run_dir=x"]
+        text = dump_settings(load_settings(schema, words, command=command))
+        (tmp_path / "config.yaml").write_text(text)
+        assert command_of(tmp_path) == command
+    (tmp_path / "config.yaml").write_text("x: [")
+    assert command_of(tmp_path) == ""
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from dino_kd import cli
+from dino_kd.config import dump_settings
 from dino_kd.demo import BANK, QUERIES
+from dino_kd.schema import PretrainConfig
 
 
 @pytest.mark.slow
@@ -35,3 +37,21 @@ def test_a_shortened_demo_prints_saves_and_draws(tmp_path, capsys):
 def test_the_demo_refuses_other_images(tmp_path, capsys):
     assert cli.main(["demo", f"run_dir={tmp_path}/x", "data.train=/some/photos"]) == 2
     assert "use dino-kd pretrain" in capsys.readouterr().err
+
+
+def test_another_run_in_its_folder_is_not_replaced(tmp_path, monkeypatch, capsys):
+    """A pretraining of own pictures, and a run of another command."""
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "demo"
+    run_dir.mkdir(parents=True)
+    own = PretrainConfig(run_dir=str(run_dir), data={"train": "/my/photos"})
+    for text in (dump_settings(own), "backbone: x\nrun_dir: y\n"):
+        (run_dir / "config.yaml").write_text(text)
+        assert cli.main(["demo"]) == 2
+        assert "runs/demo holds a run that is no demo" in capsys.readouterr().err
+        assert (run_dir / "config.yaml").read_text() == text
+
+
+def test_help_says_what_can_be_set(capsys):
+    assert cli.main(["demo", "--help"]) == 0
+    assert "seed=1" in capsys.readouterr().out

@@ -229,8 +229,10 @@ def record(
     *,
     training: dict[str, Any],
     teacher: dict[str, Tensor] | None,
-) -> None:
+) -> dict[str, float]:
     """Score an answer and write `RESULT_FILE` and `LOGITS_FILE` into `folder`; main process only.
+
+    Returns the metrics.
 
     Args:
         folder: an arm's run directory, or the teacher's folder.
@@ -283,6 +285,7 @@ def record(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     write_json(folder / RESULT_FILE, result)  # last: it says that all is there
+    return metrics
 
 
 def is_scored(folder: Path, exam: Exam) -> bool:

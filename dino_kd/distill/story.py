@@ -140,10 +140,11 @@ def distill(settings: DistillConfig, *, control: bool = False) -> Path:
             recalibrate(task.product.backbone, clean, device)
         on_main(functools.partial(save_networks, lesson))
         log.say(f"done: {progress.step:,} steps; the student is in {lesson.run_dir}/backbone")
-        log.say(
-            f"score it: dino-kd knn backbone={lesson.run_dir} train=LABELLED_IMAGES "
-            "test=OTHER_IMAGES"
-        )
+        if settings.data.test is None:
+            log.say(
+                f"score it: dino-kd knn backbone={lesson.run_dir} train=LABELLED_IMAGES "
+                "test=OTHER_IMAGES"
+            )
     return lesson.run_dir
 
 
@@ -259,6 +260,7 @@ def open_teachers(
             where,
             needs_logits=bool(needs_logits(settings.terms)),
             needs_prototypes="prototype_kd" in settings.terms.weights() and number == 0,
+            label_share=float(share) if (share := settings.data.labels) not in ("auto", 0) else 1.0,
         )
         names = images.class_names or (teachers[0].class_names if teachers else None)
         if names and (note := match_classes(teacher, names, f"{where}.head")):

@@ -15,7 +15,7 @@ from dino_kd.errors import CheckpointError, ConfigError, did_you_mean
 from dino_kd.models.backbone import Backbone, as_size, check_input_size
 from dino_kd.models.classifier_file import CLASSIFIER_FILE, of_token, read_classifier
 from dino_kd.models.head import DINOHead
-from dino_kd.models.linear_head import LinearHead, check_head, load_linear_head
+from dino_kd.models.linear_head import LinearHead, check_head, head_file, load_linear_head
 from dino_kd.pretrained import backbone_hash, head_from_settings, load_backbone
 from dino_kd.schema import DistillTeacherSettings, PretrainConfig
 from dino_kd.tasks.teacher import Teacher
@@ -27,6 +27,7 @@ def open_teacher(
     *,
     needs_logits: bool,
     needs_prototypes: bool,
+    label_share: float = 1.0,
 ) -> Teacher:
     """Load one frozen teacher with the heads that the terms need.
 
@@ -35,6 +36,8 @@ def open_teacher(
         where: its place in the settings, for messages, such as ``teacher``.
         needs_logits: whether some term reads its logits.
         needs_prototypes: likewise.
+        label_share: part of the labels that the student may see: a linear head that has seen the
+            same part is taken before one that has seen all.
 
     Raises:
         ConfigError: a size that its patch does not divide; logits are needed and there is no head.
@@ -45,7 +48,7 @@ def open_teacher(
     check_input_size(backbone, size, where=f"{where}.image_size")
     head, names = None, None
     if needs_logits:
-        head, names = _logit_head(settings, backbone, where)
+        head, names = _logit_head(settings, backbone, where, label_share)
     prototypes = _prototypes(settings, backbone, where) if needs_prototypes else None
     return Teacher(
         backbone, size, head=head, prototypes=prototypes, weight=settings.weight,
@@ -118,19 +121,27 @@ def randomise(teacher: Teacher, seed: int) -> None:
 
 
 def _logit_head(
-    settings: DistillTeacherSettings, backbone: Backbone, where: str
+    settings: DistillTeacherSettings, backbone: Backbone, where: str, label_share: float
 ) -> tuple[nn.Module, list[str] | None]:
     """The module that gives logits, and the names of their classes."""
     run_dir = Path(settings.backbone).expanduser()
-    linear = run_dir / "eval" / f"linear_head_{settings.branch}.safetensors"
+    linear = run_dir / "eval" / head_file(settings.branch)
+    of_part = run_dir / "eval" / head_file(settings.branch, label_share)
     if settings.head == "timm":
         return _timm_classifier(settings.backbone, backbone, where)
     if settings.head != "auto":
         return _linear_head(Path(settings.head).expanduser(), backbone)
-    if (run_dir / CLASSIFIER_FILE).is_file():
-        return _tuned_classifier(run_dir / CLASSIFIER_FILE, backbone)
-    if linear.is_file():
-        return _linear_head(linear, backbone)
+    found = [file for file in (run_dir / CLASSIFIER_FILE, of_part, linear) if file.is_file()]
+    if found:
+        backbone.notes.append(f"{where}: its class scores come from {found[0]}")
+        if found[0] == linear != of_part:
+            backbone.notes.append(
+                f"{linear} has seen the labels of all its images, and data.labels={label_share:g} "
+                "hides most of them from the student; for a teacher that has seen no more: "
+                f"dino-kd linear backbone={settings.backbone} fraction={label_share:g} ..."
+            )
+        is_tuned = found[0].name == CLASSIFIER_FILE
+        return (_tuned_classifier if is_tuned else _linear_head)(found[0], backbone)
     raise ConfigError(
         f"{where}.head: a term of the loss needs logits, and {settings.backbone} has no classifier "
         f"(looked for {run_dir / CLASSIFIER_FILE} and {linear}). Train one with 'dino-kd linear "

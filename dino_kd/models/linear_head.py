@@ -42,6 +42,16 @@ class HeadOrigin:
     std: tuple[float, ...] = ()
 
 
+def fraction_name(fraction: float) -> str:
+    """What marks files of a classifier that has seen a part of the labels: ``_fraction0.1``."""
+    return "" if fraction == 1 else f"_fraction{fraction:g}"
+
+
+def head_file(branch: str, fraction: float = 1.0) -> str:
+    """The name of a head in the eval/ folder of a run directory."""
+    return f"linear_head{fraction_name(fraction)}_{branch}.safetensors"
+
+
 class LinearHead(nn.Module):
     """Logits from the features of a backbone.
 

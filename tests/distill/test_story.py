@@ -589,3 +589,34 @@ def test_scales_are_learned_from_as_many_images_as_hold_enough_places(images, te
     wanted = 100 * shape[0] / (shape[1] * shape[2])
     assert images_to_fit(one, ["map"]) == min(2048, max(64, int(np.ceil(wanted))))
     assert images_to_fit(one, ["output"]) == min(2048, 100 * one.shapes(["output"])["output"][0])
+
+
+def test_a_run_with_test_images_ends_with_its_score(images, teacher, tmp_path, capsys):
+    """Against the saved files, asked by hand, image by image."""
+    run_dir = tmp_path / "run"
+    more = [f"data.test={images}", "terms.logit_kd.weight=1"]
+    assert cli.main(["distill", *words(images, teacher, run_dir, *more)]) == 0
+    printed = capsys.readouterr().out
+    backbone, dataset = load_backbone(run_dir).eval(), make_dataset(str(images))
+    saved = load_file(run_dir / "classifier.safetensors")
+    view = EvalTransform((32, 32), default_resize((32, 32)))
+    right = 0
+    for index, label in enumerate(dataset.labels):
+        pixels = torch.from_numpy(np.ascontiguousarray(view(dataset.read(index))))[None]
+        with torch.no_grad():
+            logits = backbone(backbone.preprocess(pixels)) @ saved["weight"].T + saved["bias"]
+        right += int(logits.argmax() == label)
+    result = json.loads((run_dir / "eval" / "distill.json").read_text())
+    expected = 100 * right / len(dataset)
+    assert result["metrics"]["top1"] == pytest.approx(expected)
+    assert f"top-1 {expected:.2f} %" in printed
+    assert "score it" not in printed
+
+
+def test_a_run_without_labels_is_scored_by_neighbours(images, teacher, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    more = [f"data.test={images}", "data.labels=0", "terms.preset=label_free"]
+    assert cli.main(["distill", *words(images, teacher, run_dir, *more)]) == 0
+    result = json.loads((run_dir / "eval" / "distill.json").read_text())
+    assert f"k-NN (k=20) top-1 {result['metrics']['knn20_top1']:.2f} %" in capsys.readouterr().out
+    assert result["protocol"]["voters"] == str(images)

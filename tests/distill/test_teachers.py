@@ -20,14 +20,17 @@ from dino_kd.models.linear_head import load_linear_head
 from dino_kd.pretrained import save_backbone
 from dino_kd.schema import DistillTeacherSettings
 from dino_kd.tasks.teacher import Teacher
+from eval import linear
 from tests.distill.timm_folder import CLASSES, write_timm_folder
 
 close = torch.testing.assert_close
 
 
-def opened(source, *, logits=True, prototypes=False, **more):
+def opened(source, *, logits=True, prototypes=False, share=1.0, **more):
     settings = DistillTeacherSettings(backbone=str(source), **more)
-    return open_teacher(settings, "teacher", needs_logits=logits, needs_prototypes=prototypes)
+    return open_teacher(
+        settings, "teacher", needs_logits=logits, needs_prototypes=prototypes, label_share=share
+    )
 
 
 def pixels(side=32, count=3):
@@ -50,6 +53,31 @@ def test_a_pretrained_run_with_what_dino_kd_linear_left_there(pretrained):
     assert teacher.size == (32, 32)
     by_name = opened(pretrained, head=str(pretrained / "eval" / "linear_head_teacher.safetensors"))
     assert torch.equal(logits_of(by_name), logits_of(teacher))
+
+
+def test_a_head_of_as_many_labels_goes_before_one_of_all(pretrained, images, tmp_path):
+    """And without it the note says that the teacher knows labels that the student may not see."""
+    run_dir = shutil.copytree(pretrained, tmp_path / "run")
+    of_all = run_dir / "eval" / "linear_head_teacher.safetensors"
+    kept = of_all.read_bytes()
+    notes = " ".join(opened(run_dir, share=0.5).backbone.notes)
+    assert f"class scores come from {of_all}" in notes
+    assert "data.labels=0.5 hides most of them" in notes
+    assert "fraction=0.5" in notes
+    linear.main([
+        f"backbone={run_dir}", f"train={images}", f"test={images}", "device=cpu", "num_workers=0",
+        "cache=off", "epochs=2", "train_batch=4", "held_out=0.3", "learning_rates=[0.1]",
+        "fraction=0.5",
+    ])  # fmt: skip
+    assert of_all.read_bytes() == kept
+    part = run_dir / "eval" / "linear_head_fraction0.5_teacher.safetensors"
+    teacher = opened(run_dir, share=0.5)
+    assert f"teacher: its class scores come from {part}" in teacher.backbone.notes
+    assert not any("hides" in note for note in teacher.backbone.notes)
+    by_name = opened(run_dir, head=str(part))
+    assert torch.equal(logits_of(teacher), logits_of(by_name))
+    assert torch.equal(logits_of(opened(run_dir)), logits_of(opened(run_dir, head=str(of_all))))
+    assert not torch.equal(logits_of(teacher), logits_of(opened(run_dir)))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from dino_kd.config import dump_settings
-from dino_kd.errors import ConfigError
+from dino_kd.errors import ConfigError, DataError
 from dino_kd.pretrained import build_untrained, save_backbone
-from dino_kd.schema import PretrainConfig
+from dino_kd.schema import COMMANDS, PretrainConfig
 from eval import knn, suite
 from tests.eval.test_knn import REPOSITORY, TINY, write_images
 
@@ -82,6 +83,36 @@ def test_run_alone_takes_the_sets_of_its_monitor(run_dir, sets):
     assert (run_dir / "eval" / "knn_untrained.json").is_file()  # compare=auto
     assert suite.main([str(run_dir), KNN_ONLY, *QUIET, "cache=off", f"test={sets[0]}"]) == 0
     assert read(run_dir / "eval" / "knn_teacher.json")["data"]["test"]["spec"] == str(sets[0])
+
+
+@pytest.mark.parametrize("command", ["distill", "finetune"])
+def test_a_run_of_another_command_is_scored_too(run_dir, sets, tmp_path, command):
+    """Without a monitor and an untrained branch; what it is asked to compare with still counts."""
+    other = tmp_path / command
+    shutil.copytree(run_dir / "backbone", other / "backbone")
+    named = {"run_dir": str(other), "backbone": "x", "train": "x", "test": "x"}
+    if command == "distill":
+        named = {"run_dir": str(other), "data": {"train": "x"}, "student": {"backbone": "x"},
+                 "teacher": {"backbone": "x"}}  # fmt: skip
+    (other / "config.yaml").write_text(dump_settings(COMMANDS[command](**named)))
+    words = [KNN_ONLY, *QUIET, "cache=off", f"train={sets[0]}", f"test={sets[1]}"]
+    assert suite.main([str(other), *words]) == 0
+    summary = read(other / "eval" / "suite_teacher.json")
+    assert list(summary["metrics"]) == ["teacher"]
+    assert suite.main([str(run_dir), *words]) == 0
+    teacher = read(run_dir / "eval" / "knn_teacher.json")["metrics"]
+    assert summary["metrics"]["teacher"]["knn"] == teacher
+
+
+def test_a_wrong_path_is_told_once_and_before_any_evaluator(run_dir, capsys):
+    with pytest.raises(DataError, match=r"test: .*/no/such"):
+        suite.main([str(run_dir), *QUIET, "cache=off", "test=/no/such"])
+    assert "done in" not in capsys.readouterr().out
+
+
+def test_evaluators_that_fail_of_the_same_share_a_line():
+    errors = {"knn": "no backbone", "linear": "no backbone", "quality": "too few"}
+    assert suite.by_problem(errors) == {"no backbone": ["knn", "linear"], "too few": ["quality"]}
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(run_dir, sets, tmp_path, capsys):
