@@ -98,6 +98,7 @@ class _Check:
         self.overridden = overridden
         self.origin = origin
         self.problems: dict[str, str] = {}
+        self.meant: set[str] = set()  # what misspelt names suggest: given, in a way
 
     def section(self, schema: type[Settings], tree: dict[str, Any], prefix: str) -> dict[str, Any]:
         """The tree without what is wrong; sections that are absent or empty become {}."""
@@ -131,7 +132,7 @@ class _Check:
         if field is None:  # a rule that spans several settings of a section
             self._say(path, reason)
         elif found["type"] == "missing":
-            if complete:
+            if complete and path not in self.meant:
                 hint = f"dino-kd {command} {path}={example(field)}"
                 self._say(path, f"required, and not given; for example {hint}")
         elif found["type"] == "value_error":
@@ -156,6 +157,7 @@ class _Check:
                 self._unknown(f"{path}.{key}", below)
             return
         near = near_settings(self.schema, path)
+        self.meant.update(near[:1])
         if near:
             ending = f"; did you mean {' or '.join(map(repr, near))}?"
         else:

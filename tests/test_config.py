@@ -384,6 +384,13 @@ def test_help_lists_every_setting_and_how_to_start() -> None:
         load_settings(KnnConfig, ["--help"], command="knn")
 
 
+def test_a_misspelt_required_setting_is_one_mistake() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_settings(PretrainConfig, ["data.trian=/x", "run_dir=y"], command="pretrain")
+    assert len(error.value.problems) == 1
+    assert "did you mean 'data.train'" in error.value.problems[0]
+
+
 def test_help_lists_the_configurations_that_a_command_takes() -> None:
     assert "  eval/suite\n" in command_help("evaluate", COMMANDS["evaluate"])
     assert "pretrain/folder" in command_help("bench", COMMANDS["bench"])
