@@ -17,7 +17,12 @@ from torch import Tensor
 
 from dino_kd.config import load_settings
 from dino_kd.crop_sizes import size_changes
-from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
+from dino_kd.data.dataset import (
+    ImageDataset,
+    labels_as,
+    notes_on_shared_images,
+    require_labels,
+)
 from dino_kd.data.packed import packed
 from dino_kd.data.specs import make_dataset
 from dino_kd.distributed import is_main_process, on_main, process_group, processes_here
@@ -84,6 +89,8 @@ def pretrain(settings: PretrainConfig) -> Path:
             log.say(line)
         for line in [] if continued else warn_about(settings, plan):
             log.warn(line)
+        for line in notes_on_shared_images(*monitor_sets) if monitor_sets and log.is_main else []:
+            log.warn(f"monitor: {line}")
 
         # Build what trains.
         data = settings.data

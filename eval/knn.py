@@ -24,7 +24,12 @@ from torch.nn import functional as F
 
 from dino_kd import knn
 from dino_kd.config import load_settings
-from dino_kd.data.dataset import ImageDataset, labels_as, require_labels
+from dino_kd.data.dataset import (
+    ImageDataset,
+    labels_as,
+    notes_on_shared_images,
+    require_labels,
+)
 from dino_kd.data.splits import class_orders
 from dino_kd.distributed import is_main_process, process_group
 from dino_kd.errors import ConfigError, DataError
@@ -38,7 +43,6 @@ from .results import (
     describe_images,
     features_line,
     make_result,
-    note_on_shared_images,
     notes_on_sets,
     result_path,
     save_result,
@@ -283,7 +287,7 @@ def clamped_note(settings: KnnConfig, voting: int) -> list[str]:
 def notes(settings: KnnConfig, sets: Sets, bank_labels: Tensor, query_labels: Tensor) -> list[str]:
     """Sentences about the images and labels that a reader of the numbers should see."""
     if settings.labels is not None:
-        shared = [] if settings.leave_one_out else note_on_shared_images(sets.train, sets.test)
+        shared = [] if settings.leave_one_out else notes_on_shared_images(sets.train, sets.test)
         return shared + multilabel.notes_on_labels(sets.names, bank_labels, query_labels)
     if not settings.leave_one_out:
         return notes_on_sets(sets.train, sets.test)

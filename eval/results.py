@@ -13,7 +13,7 @@ import timm
 import torch
 
 import dino_kd
-from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.dataset import ImageDataset, notes_on_shared_images
 from dino_kd.distributed import world_size
 from dino_kd.errors import ConfigError
 from dino_kd.features import FeatureBank
@@ -103,22 +103,12 @@ def describe_images(dataset: ImageDataset, bank: FeatureBank) -> dict[str, Any]:
 
 def notes_on_sets(train: ImageDataset, test: ImageDataset) -> list[str]:
     """Sentences about a pair of sets that a reader of the numbers should see."""
-    found = note_on_shared_images(train, test)
+    found = notes_on_shared_images(train, test)
     untested = sorted(set(train.class_names or ()) - set(test.class_names or ()))
     if untested:
         shown = ", ".join(untested[:5]) + (" ..." if len(untested) > 5 else "")
         found.append(f"{len(untested)} classes of train have no test image: {shown}")
     return found
-
-
-def note_on_shared_images(train: ImageDataset, test: ImageDataset) -> list[str]:
-    """The sentence about images that are in both sets, if any."""
-    both = len(
-        {test.path(i) for i in range(len(test))} & {train.path(i) for i in range(len(train))}
-    )
-    if not both:
-        return []
-    return [f"{both} of {len(test)} test images are also in train: the score flatters"]
 
 
 def title(evaluator: str, settings: SourceSettings, backbone: dict[str, Any]) -> str:

@@ -143,6 +143,8 @@ def test_the_monitor_scores_a_separable_set_and_lands_in_the_same_row(images, tm
     assert [row["step"] for row in rows if "knn_top1" in row] == [4, 8]
     assert rows[-1]["knn_top1"] > 90  # every query is in the bank, and brightness is easy
     assert len(rows) == 8
+    log = (run / "train.log").read_text()
+    assert "40 of 40 test images are also in train: the score flatters" in log
 
 
 def test_the_monitors_regression_equals_the_evaluator(images, tmp_path):

@@ -150,3 +150,13 @@ def labels_as(dataset: ImageDataset, class_names: Sequence[str], where: str) -> 
 __all__ = [
     "BrokenImage", "GreyImages", "ImageDataset", "Subset", "labels_as", "require_labels", "subset",
 ]  # fmt: skip
+
+
+def notes_on_shared_images(train: ImageDataset, test: ImageDataset) -> list[str]:
+    """The sentence about images that are in both sets, if any."""
+    both = len(
+        {test.path(i) for i in range(len(test))} & {train.path(i) for i in range(len(train))}
+    )
+    if not both:
+        return []
+    return [f"{both} of {len(test)} test images are also in train: the score flatters"]
