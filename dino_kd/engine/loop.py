@@ -225,6 +225,8 @@ def _data_parallel(task: nn.Module, device: torch.device) -> nn.Module:
     """
     on_cpu = device.type == "cpu"
     search = on_cpu or bool(getattr(task, "skips_parameters", False))
+    # Said of every channels-last network with 1 x 1 convolutions, whose two layouts are the same.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
     with warnings.catch_warnings():
         # torch 2.15 announces another name for the argument, which older versions do not know
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
