@@ -24,7 +24,14 @@ from dino_kd.config import (
 )
 from dino_kd.describe import accepted, leaves
 from dino_kd.errors import ConfigError
-from dino_kd.schema import COMMANDS, CROP_PRESETS, FinetuneConfig, KnnConfig, PretrainConfig
+from dino_kd.schema import (
+    COMMANDS,
+    CROP_PRESETS,
+    DistillConfig,
+    FinetuneConfig,
+    KnnConfig,
+    PretrainConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ["run_dir=runs/x", "data.train=/images"]
@@ -422,6 +429,15 @@ def test_settings_load_without_torch() -> None:
         "assert not {'torch', 'numpy', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_one_seed_may_be_given_without_brackets() -> None:
+    words = ["data.train=/a", "teacher.backbone=b", "student.backbone=c", "run_dir=d"]
+    for given, seeds in (("3", [3]), ("3,4", [3, 4]), ("[3]", [3])):
+        made = load_settings(DistillConfig, [*words, f"seeds={given}"], command="distill")
+        assert made.seeds == seeds
+    with pytest.raises(ConfigError, match=r"seeds: expected whole numbers with commas, got true"):
+        load_settings(DistillConfig, [*words, "seeds=true"], command="distill")
 
 
 def test_one_k_may_be_given_without_brackets() -> None:

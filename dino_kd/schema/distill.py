@@ -32,7 +32,9 @@ Arm = Literal["scratch", "scratch_plus", "kd", "control"]
 
 
 def _split_at_commas(value: Any) -> Any:
-    """'scratch,kd' as a list; everything else as it is."""
+    """'scratch,kd' as a list, a single number as a list of one; everything else as it is."""
+    if type(value) is int:
+        return [value]
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
