@@ -105,7 +105,7 @@ def test_a_job_runs_the_code_it_was_launched_with(
     launch("pretrain", *quick(images), "run_dir=r", "slurm.extra={hold: true}")
     job = load_job(tmp_path / "r" / "launch")
     with (job.job_dir / "code" / "dino_kd" / "cli.py").open("a") as file:
-        file.write("\nprint('this copy:', __file__)\n")
+        file.write("\nprint(f'this copy: {__file__}')\n")  # one write: Slurm labels each
     tool("scontrol", "release", job.job_id)
     followed = launch("logs", "-f", "r")
     assert f"this copy: {job.job_dir}/code/dino_kd/cli.py" in followed
