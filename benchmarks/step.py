@@ -196,7 +196,7 @@ def measure_time(
 
 @contextlib.contextmanager
 def in_turn(size: str, batch: int, name: str) -> Iterator[Callable[[], float]]:
-    """A process with one rival; every call makes it take two steps and returns the second's time."""
+    """A process with one rival; every call makes it take two steps and returns what one took."""
     words = ["--size", size, "--batch", str(batch), "--steps-of", name]
     with subprocess.Popen(
         [sys.executable, __file__, *words], text=True, env=environment(name),
