@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from dino_kd.cli import ENVIRONMENT
+from dino_kd.cli import with_defaults
 from dino_kd.files import write_text
 
 HERE = Path(__file__).resolve().parent
@@ -61,7 +61,7 @@ def run(name: str) -> tuple[str, float, int]:
         capture_output=True,
         text=True,
         check=False,
-        env={**ENVIRONMENT, **os.environ},
+        env=with_defaults(os.environ),
     )
     seconds = time.perf_counter() - started
     told = done.stdout if done.returncode == 0 else done.stdout + done.stderr

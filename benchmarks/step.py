@@ -31,7 +31,7 @@ from loss import pair_by_pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_kd.cli import ENVIRONMENT
+from dino_kd.cli import ENVIRONMENT, with_defaults
 from dino_kd.data.multicrop import Crops
 from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
@@ -218,7 +218,7 @@ def in_turn(size: str, batch: int, name: str) -> Iterator[Callable[[], float]]:
 def environment(name: str) -> dict[str, str]:
     """Of this process, and what `dino-kd` adds for itself."""
     plain = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT}
-    return {**plain, **ENVIRONMENT} if name.startswith("dino_kd") else plain
+    return with_defaults(plain) if name.startswith("dino_kd") else plain
 
 
 def steps_of(size: str, batch: int, name: str) -> None:

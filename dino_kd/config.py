@@ -28,7 +28,7 @@ from dino_kd.describe import (
     sections,
     value_in_words,
 )
-from dino_kd.errors import ConfigError, unknown_name
+from dino_kd.errors import ConfigError, did_you_mean, unknown_name
 from dino_kd.problems import near_settings, validate
 from dino_kd.schema import COMMANDS, CROP_PRESETS, Settings
 
@@ -105,9 +105,8 @@ def find_config(name: str) -> Path:
         raise ConfigError(
             f"CONFIG: unknown config {name!r}; did you mean {' or '.join(map(repr, same_end))}?"
         )
-    found = unknown_name("config", name, names, where="CONFIG")
-    if "did you mean" in str(found):
-        raise found
+    if did_you_mean(name, names):
+        raise unknown_name("config", name, names, where="CONFIG")
     raise ConfigError(
         f"CONFIG: unknown config {name!r}: no file, no run directory and no packaged configuration "
         "has that name; 'dino-kd COMMAND --help' lists the packaged ones"
@@ -118,9 +117,7 @@ def command_of(run_dir: str | Path) -> str:
     """The command that a run directory is of, such as ``pretrain``; "" for anything else."""
     file = Path(run_dir).expanduser() / "config.yaml"
     tree, _ = _read_file(file, _Words())
-    keys = {str(key) for key in tree or {}}
-    fitting = (name for name, schema in COMMANDS.items() if keys <= set(schema.model_fields))
-    return next(fitting, "") if keys else ""
+    return _command_with({str(key) for key in tree}) if tree else ""
 
 
 def packaged_configs() -> list[str]:
@@ -347,7 +344,12 @@ def _other_command(schema: type[Settings], tree: dict[str, Any]) -> str:
     keys = {str(key) for key in tree}
     if len(keys - set(schema.model_fields)) < 2:  # one foreign key is rather a slip
         return ""
-    return next((name for name, other in COMMANDS.items() if keys <= set(other.model_fields)), "")
+    return _command_with(keys)
+
+
+def _command_with(keys: set[str]) -> str:
+    """The first command that has all of these settings and sections, "" when none has."""
+    return next((name for name, schema in COMMANDS.items() if keys <= set(schema.model_fields)), "")
 
 
 def _wrong_command(config: str, command: str, other: str) -> str:

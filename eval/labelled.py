@@ -14,7 +14,7 @@ from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
 from dino_kd.data.loader import crop_batches
 from dino_kd.data.multicrop import supervised_policy
 from dino_kd.data.specs import make_dataset
-from dino_kd.data.splits import holdout
+from dino_kd.data.splits import holdout, labelled_part
 from dino_kd.distributed import processes_here, rank, world_size
 from dino_kd.engine.hooks import BrokenImages
 from dino_kd.errors import DataError
@@ -59,7 +59,7 @@ def open_labelled_sets(settings: FinetuneConfig, channels: int) -> LabelledSets:
         raise DataError(
             f"train: {whole.spec} has no image of class {whole.class_names[counts.argmin()]!r}"
         )
-    used, _ = holdout(whole.labels, 1 - settings.fraction, settings.seed)
+    used = labelled_part(whole.labels, settings.fraction, settings.seed)
     fit, held_out = used, used[:0]
     if settings.select == "best":
         kept, spared = holdout(whole.labels[used], settings.holdout, settings.seed)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from dino_kd.config import load_settings
-from dino_kd.data.dataset import ImageDataset, labels_as, require_labels, subset
-from dino_kd.data.splits import holdout
+from dino_kd.data.dataset import labels_as, require_labels, subset
+from dino_kd.data.splits import labelled_part
 from dino_kd.distributed import is_main_process, process_group
 from dino_kd.features import FeatureBank
 from dino_kd.linear import Tally, choose_head
@@ -66,8 +66,7 @@ def score(settings: LinearConfig, device: torch.device) -> dict[str, Any]:
             diverged.
     """
     watch = Stopwatch()
-    part = fraction_name(settings.fraction)
-    output = result_path(settings, f"linear{part}")
+    output = result_path(settings, f"linear{fraction_name(settings.fraction)}")
     subject = open_subject(settings, device)
     train = open_images(settings, "train", subject.channels)
     test = open_images(settings, "test", subject.channels)
@@ -75,7 +74,8 @@ def score(settings: LinearConfig, device: torch.device) -> dict[str, Any]:
     assert train.class_names is not None  # it has labels
     test_labels = torch.from_numpy(labels_as(test, train.class_names, "test"))
     if settings.fraction < 1:
-        train = part_of(train, settings.fraction, settings.seed)
+        assert train.labels is not None  # required before
+        train = subset(train, labelled_part(train.labels, settings.fraction, settings.seed))
     probe = Probe(settings, subject, train)
     probe.extract()
     queries = subject.features(test, "test", probe.extracted)
@@ -116,13 +116,6 @@ def score(settings: LinearConfig, device: torch.device) -> dict[str, Any]:
         print(f"head written to {head_path(settings, output)}")
     save_result(result, output)
     return result
-
-
-def part_of(train: ImageDataset, fraction: float, seed: int) -> ImageDataset:
-    """The images that `dino-kd finetune` and `dino-kd distill` draw with an equal seed."""
-    assert train.labels is not None  # required before
-    used, _ = holdout(train.labels, 1 - fraction, seed)
-    return subset(train, used)
 
 
 def evaluate(head: LinearHead, queries: FeatureBank) -> Iterator[tuple[str, float]]:

@@ -172,7 +172,7 @@ def test_a_wait_policy_that_is_given_stands_alone(monkeypatch: pytest.MonkeyPatc
     for each in cli.ENVIRONMENT:
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    cli.set_environment()
+    cli.run(lambda argv: 0, [])
     assert "GOMP_SPINCOUNT" not in os.environ
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 

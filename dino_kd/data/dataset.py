@@ -147,11 +147,6 @@ def labels_as(dataset: ImageDataset, class_names: Sequence[str], where: str) -> 
     return table[dataset.labels]
 
 
-__all__ = [
-    "BrokenImage", "GreyImages", "ImageDataset", "Subset", "labels_as", "require_labels", "subset",
-]  # fmt: skip
-
-
 def notes_on_shared_images(train: ImageDataset, test: ImageDataset) -> list[str]:
     """The sentence about images that are in both sets, if any."""
     both = len(
@@ -160,3 +155,9 @@ def notes_on_shared_images(train: ImageDataset, test: ImageDataset) -> list[str]
     if not both:
         return []
     return [f"{both} of {len(test)} test images are also in train: the score flatters"]
+
+
+__all__ = [
+    "BrokenImage", "GreyImages", "ImageDataset", "Subset", "labels_as", "notes_on_shared_images",
+    "require_labels", "subset",
+]  # fmt: skip

@@ -88,6 +88,15 @@ def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([*parts, np.zeros(0, dtype=np.int64)]))
 
 
+def labelled_part(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """The images of `share` of the labels: those that `holdout` leaves of the rest, int64 ``[n]``.
+
+    One draw for `dino-kd finetune fraction=`, `linear fraction=` and `distill data.labels=`, so
+    that with equal seeds a teacher has seen the labels that its student sees.
+    """
+    return holdout(labels, 1 - share, seed)[0]
+
+
 def fraction_of(count: int, fraction: float) -> int:
     """`fraction` of `count` images, rounded, halves upwards."""
     return int(np.floor(fraction * count + 0.5 + 1e-9))

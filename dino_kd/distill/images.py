@@ -17,7 +17,7 @@ from dino_kd.data.multicrop import CropPolicy, supervised_policy
 from dino_kd.data.packed import pack_folder
 from dino_kd.data.renderers import Renderer
 from dino_kd.data.specs import make_dataset
-from dino_kd.data.splits import holdout
+from dino_kd.data.splits import labelled_part
 from dino_kd.distributed import processes_here, rank, world_size
 from dino_kd.engine.hooks import BrokenImages
 from dino_kd.errors import DataError
@@ -103,8 +103,7 @@ def _draw_labels(
     if dataset.labels is None or share == 0 or not labels_for:
         return np.full(len(dataset), -1, dtype=np.int64), None
     part = 1.0 if share == "auto" else float(share)
-    # As `dino-kd finetune fraction=... seed=...` draws: its teacher has seen the same labels.
-    used, _ = holdout(dataset.labels, 1 - part, settings.data.label_seed)
+    used = labelled_part(dataset.labels, part, settings.data.label_seed)
     labels = np.full(len(dataset), -1, dtype=np.int64)
     labels[used] = dataset.labels[used]
     return labels, dataset.class_names

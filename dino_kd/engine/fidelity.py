@@ -52,8 +52,7 @@ class FidelityMonitor:
         self.in_a_row: Counter[str] = Counter()
         self.points: list[_Point] = []
         for row in past:
-            for name, _ in self._found(int(row["step"]), row):
-                self.said.add(name)
+            self.said.update(name for name, _ in self._found(int(row["step"]), row))
 
     def __call__(self, done: int, task: nn.Module, row: dict[str, float]) -> dict[str, float]:
         for name, sentence in self._found(done, row):

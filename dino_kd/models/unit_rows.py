@@ -53,5 +53,5 @@ class _UnitRows(torch.autograd.Function):
 
 
 def _blocks(rows: Tensor) -> list[slice]:
-    size = len(rows) if rows.device.type != "cpu" else max(1, _BLOCK // max(1, rows.shape[1]))
-    return [slice(start, start + size) for start in range(0, len(rows), max(1, size))]
+    size = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dino_kd.models import unit_rows as module
 from dino_kd.models.unit_rows import unit_rows
+from tests.tiny import draw
 
 EPS = 1e-6
 
@@ -16,10 +17,6 @@ EPS = 1e-6
 def blocks(request, monkeypatch):
     """Blocks of one row, of one or two, and all rows in one."""
     monkeypatch.setattr(module, "_BLOCK", request.param)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def plain(rows, gradient):
