@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
 def score_on_test(settings: DistillConfig, run_dir: Path, device: torch.device) -> str:
     """Score the student on `data.test`, by its own classifier or else by nearest neighbours.
 
-    Every process calls this; `RESULT_FILE` has the rest. Returns a sentence, "" elsewhere than on
-    the main process. Raises CheckpointError when its answers are not finite.
+    Every process calls this and gets the sentence; `RESULT_FILE` has the rest. Raises
+    CheckpointError when the student's answers are not finite.
     """
     exam = open_exam(settings)
     if (run_dir / CLASSIFIER_FILE).is_file():  # spares a pass over the training images

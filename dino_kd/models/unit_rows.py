@@ -16,7 +16,8 @@ def unit_rows(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
     For u = v / |v| and a gradient g by u, the gradient by v is (g - u (g . u)) / |v|. Both ways
     are written out block by block, while the rows are in the cache, and keep nothing but the
-    lengths: for 65,536 prototypes the graph of the two plain operations writes a GB per step.
+    lengths; the graph of the plain operations goes through the whole matrix a dozen times, which
+    for 65,536 prototypes lies far outside the cache (docs/results.md).
     (One gradient; no second derivative.)
 
     Args:
