@@ -27,6 +27,7 @@ def version() -> str:
 TEST = ["pytest>=7.4", "setuptools>=70.1", "tensorboard"]
 VIDEO = ["av>=14.0"]  # the first that tells how a film is turned
 PARQUET = ["pyarrow>=14.0"]
+COMPILER = ["ziglang>=0.13"]  # clang for machines that have none; 100 MB
 
 setup(
     name="dino_kd",
@@ -85,6 +86,7 @@ setup(
             "types-PyYAML",
         ],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
+        "compiler": COMPILER,
         "video": VIDEO,
         "parquet": PARQUET,
     },

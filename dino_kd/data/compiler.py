@@ -1,17 +1,20 @@
 """Compile C++ that is shipped as text: once for each machine and version, into the user's cache.
 
 Code for the very processor it runs on is twice as fast as code for any, and this way an
-installation needs no compiler: without one, callers do without the compiled code.
+installation needs no compiler: without one, callers do without the compiled code. A wheel can bring
+one along: clang inside `ziglang`, the extra `compiler`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,11 +22,14 @@ from dino_kd.cache_entries import cache_folder
 from dino_kd.errors import ConfigError
 
 _COMPILERS = ("g++", "clang++", "c++")
+_WHEEL = "ziglang"
+# Sums keep their order; the code has neither infinities nor use for the sign of a zero.
 _FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-ffinite-math-only", "-fno-signed-zeros", "-w",
 )  # fmt: skip
 _MACHINE_FLAGS = ("-march=native", "-mcpu=native")  # the first that the compiler takes
-_TIME_LIMIT_S = 180
+_TIME_LIMIT_S = 600  # the wheel builds its C++ library first, which takes a minute
 
 
 class CannotCompileError(Exception):
@@ -56,47 +62,54 @@ def compiled(name: str) -> Path:
     return library
 
 
-def find_compiler() -> str:
-    """The path of a C++ compiler: $CXX, or the first of the usual names.
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, or the wheel's, or the first of the usual names.
+
+    The wheel comes first because it was installed for this: its code ran 1.3 to 1.4 times as fast
+    as that of g++ 12.
 
     Raises CannotCompileError when there is none.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else [_WHEEL, *_COMPILERS]
     for name in names:
+        if name == _WHEEL and importlib.util.find_spec(_WHEEL) is not None:
+            return [sys.executable, "-m", _WHEEL, "c++"]
         path = shutil.which(name)
         if path is not None:
-            return path
-    raise CannotCompileError(f"no C++ compiler is installed (looked for {', '.join(names)})")
+            return [path]
+    raise CannotCompileError(
+        f"no C++ compiler is installed (looked for {', '.join(names)}); "
+        f"pip install {_WHEEL} brings one"
+    )
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=library.parent, prefix=".", suffix=".so")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        complaint = ""
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    if _WHEEL in compiler:
+        told = f"compiling {source.name}, once for this machine; takes about a minute"
+        sys.stderr.write(told + "\n")
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".") as folder:
+        made, complaint = Path(folder, library.name), ""
         for machine in _MACHINE_FLAGS:
-            command = [compiler, *_FLAGS, machine, "-o", str(temporary), str(source)]
-            done = _run(command)
+            done = _run([*compiler, *_FLAGS, machine, "-o", str(made), str(source)], Path(folder))
             if done.returncode == 0:
-                temporary.replace(library)
+                made.replace(library)
                 return
             complaint = complaint or done.stderr.strip()
-        last = complaint.splitlines()[-1] if complaint else "without a message"
-        raise CannotCompileError(f"{compiler} failed: {last}")
-    finally:
-        temporary.unlink(missing_ok=True)
+    last = complaint.splitlines()[-1] if complaint else "without a message"
+    raise CannotCompileError(f"{' '.join(compiler)} failed: {last}")
 
 
-def _version(compiler: str) -> str:
-    return compiler + _run([compiler, "--version"]).stdout
+def _version(compiler: list[str]) -> str:
+    return " ".join(compiler) + _run([*compiler, "--version"]).stdout
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], scratch: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a compiler; the wheel's keeps 80 MB of its own in `scratch`, instead of the home."""
+    kept = {f"ZIG_{kind}_CACHE_DIR": str(scratch) for kind in ("GLOBAL", "LOCAL") if scratch}
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, check=False,
-            errors="replace",
+            errors="replace", env={**os.environ, **kept},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotCompileError(f"{command[0]} failed: {error}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,11 +71,62 @@ def test_a_source_that_does_not_compile_gives_the_reason(small: Path, cache: Pat
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CannotCompileError, match=r"no C\+\+ compiler is installed \(looked for g"):
+    with pytest.raises(
+        CannotCompileError, match=r"no C\+\+ compiler is installed .*pip install zig"
+    ):
         NativeRenderer()
     monkeypatch.setenv("CXX", "gcc-of-mine")
     with pytest.raises(CannotCompileError, match="looked for gcc-of-mine"):
         NativeRenderer()
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of the wheel's name whose `python -m` answers by the compiler of this machine."""
+    package = tmp_path / "site/ziglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    told = tmp_path / "told"
+    (package / "__main__.py").write_text(
+        "import os, pathlib, subprocess, sys\n"
+        "scratch = os.environ.get('ZIG_GLOBAL_CACHE_DIR', '')\n"
+        f"with open({str(told)!r}, 'a') as told:\n"
+        "    told.write(' '.join([*sys.argv[1:], scratch]) + '\\n')\n"
+        "if scratch:\n"
+        "    pathlib.Path(scratch, 'libc++.a').write_text('large')\n"
+        "sys.exit(subprocess.call(['c++', *sys.argv[2:]]))\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CXX", raising=False)
+    return told
+
+
+def test_the_compiler_of_the_wheel_comes_first(
+    small: Path, wheel: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ctypes.CDLL(str(compiled("small.cpp"))).answer() == 42
+    lines = wheel.read_text().splitlines()
+    assert all(line.startswith("c++ ") for line in lines)
+    assert "-march=native" in lines[-1]
+    assert str(cache) in lines[-1].split()[-1]  # its own cache lies where it can be written ...
+    assert [file.suffix for file in cache.iterdir()] == [".so"]  # ... and is not left there
+    assert "once for this machine" in capsys.readouterr().err
+
+
+def test_cxx_comes_before_the_wheel(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    monkeypatch.setenv("CXX", "c++")
+    assert find_compiler() == [shutil.which("c++")]
+
+
+@pytest.mark.slow
+def test_the_wheel_itself_compiles_the_crops(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed: the kernel that it makes agrees with Pillow, or this would raise."""
+    pytest.importorskip("ziglang")
+    monkeypatch.delenv("CXX", raising=False)
+    NativeRenderer()
+    assert [file.suffix for file in cache.iterdir()] == [".so"]
 
 
 def test_a_broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
