@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from loss import pair_by_pair
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_kd.cli import ENVIRONMENT, with_defaults
@@ -37,8 +38,9 @@ from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.precision import DTYPES, autocast, choose_precision
 from dino_kd.engine.signals import StopFlag
-from dino_kd.models.backbone import attention_backend, create_backbone
+from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
+from dino_kd.models.kernels import choose_kernels
 from dino_kd.tasks.dino import DinoTask, Network
 
 CPU = torch.device("cpu")
@@ -77,7 +79,7 @@ class OriginalStep:
     def __init__(self, task: DinoTask, precision: str) -> None:
         self.task, self.precision = task, precision
         for network in (task.student, task.teacher):
-            attention_backend(network.backbone, "cpu", torch.bfloat16)  # softmax(q k) v
+            choose_kernels(network, "cpu", torch.bfloat16)  # softmax(q k) v
         groups = parameter_groups(task.student)
         for group in groups:
             group["weight_decay"] = VALUES["weight_decay"] if group["has_weight_decay"] else 0.0
@@ -110,7 +112,10 @@ class OriginalStep:
         """Logits ``[S, B, K]``; every token goes through every block."""
         backbone = network.backbone
         features = [backbone.net(backbone.preprocess(crops.flatten(0, 1))) for crops in groups]
-        return network.head(torch.cat(features)).unflatten(0, (-1, groups[0].shape[1]))
+        z = F.normalize(network.head.mlp(torch.cat(features)).float(), dim=-1)
+        last_layer = network.head.last_layer
+        prototypes = torch._weight_norm(last_layer, torch.ones(len(last_layer), 1), 0)
+        return F.linear(z, prototypes).unflatten(0, (-1, groups[0].shape[1]))
 
     @torch.no_grad()
     def update_center(self, teacher: Tensor) -> None:
@@ -139,7 +144,7 @@ class DefaultStep:
         self.stop = StopFlag()
         self.stop.request("one step")
         for network in (task.student, task.teacher):
-            attention_backend(network.backbone, "cpu", DTYPES[precision])
+            choose_kernels(network, "cpu", DTYPES[precision])
         groups = parameter_groups(task.student, task.student.head.prototype_parameters())
         self.optimizer = make_optimizer("adamw", groups)
 

@@ -18,7 +18,8 @@ from dino_kd.data.images import BrokenImage
 from dino_kd.data.loader import CropBatch, EvalTransform, image_batches
 from dino_kd.distributed import all_gather_objects, all_gather_rows, rank, world_size
 from dino_kd.errors import DataError
-from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
+from dino_kd.models.backbone import Backbone, as_size, check_input_size
+from dino_kd.models.kernels import kernels_for
 
 OUTPUT = "output"  # the part that is always there: what the network itself returns
 
@@ -285,17 +286,14 @@ def _collect(
 
 @contextlib.contextmanager
 def evaluation_mode(backbone: Backbone, device: torch.device, precision: str) -> Iterator[None]:
-    """Eval mode and the attention for this precision; what was set before comes back."""
+    """Eval mode and the kernels for this precision; what was set before comes back."""
     modes = [(module, module.training) for module in backbone.modules()]
-    fused = [(m, m.fused_attn) for m in backbone.modules() if hasattr(m, "fused_attn")]
     backbone.eval()
-    attention_backend(
-        backbone, device.type, torch.bfloat16 if precision == "bf16" else torch.float32
-    )
     try:
-        yield
+        with kernels_for(
+            backbone, device.type, torch.bfloat16 if precision == "bf16" else torch.float32
+        ):
+            yield
     finally:
         for module, training in modes:
             module.training = training
-        for module, was_fused in fused:
-            module.fused_attn = was_fused

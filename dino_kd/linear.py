@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_kd.distributed import all_reduce_sum, is_grouped
+from dino_kd.products import linear
 
 TOP = 5
 
@@ -85,7 +86,8 @@ class LinearGrid:
                 weight_velocity.mul_(self.momentum).add_(gradient[:-1])
                 bias_velocity.mul_(self.momentum).add_(gradient[-1])
             else:
-                weight_velocity.addmm_(x.T, flat, beta=self.momentum, alpha=1 / batch_size)
+                gradient = linear(x.T, flat.T)  # [D_input, R * Y]
+                weight_velocity.mul_(self.momentum).add_(gradient, alpha=1 / batch_size)
                 bias_velocity.mul_(self.momentum).add_(flat.sum(0), alpha=1 / batch_size)
             self._weight[name].addcmul_(weight_velocity, self._rates, value=-factor)
             self._bias[name].addcmul_(bias_velocity, self._rates, value=-factor)
@@ -94,7 +96,7 @@ class LinearGrid:
     def logits(self, features: Tensor, name: str) -> Tensor:
         """Logits ``[N, R, Y]`` of all heads of one input, from features ``[N, D]``."""
         x = features[:, self.columns[name]]
-        flat = torch.addmm(self._bias[name], x, self._weight[name])
+        flat = linear(x, self._weight[name].T, self._bias[name])
         return flat.view(len(x), self.num_rates, self.num_classes)
 
     def head(self, name: str, rate: int) -> tuple[Tensor, Tensor]:

@@ -30,9 +30,9 @@ from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.schedules import Schedule, after_warmup, constant, cosine, linear, switch
 from dino_kd.engine.sharding import WholeCopy, check_blocks, check_sharding, shard
 from dino_kd.errors import ConfigError, unknown_name
-from dino_kd.models.backbone import attention_backend
 from dino_kd.models.checkpointing import checkpoint_activations
 from dino_kd.models.compiled_blocks import compile_blocks
+from dino_kd.models.kernels import choose_kernels
 from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto
 from dino_kd.pretrained import backbone_from_settings, head_from_settings
 from dino_kd.rundir import check_readable, refuse_run_inside, with_absolute_path
@@ -195,7 +195,7 @@ def place(task: DinoTask, settings: PretrainConfig, device: torch.device) -> Who
 def prepare_networks(
     task: DinoTask, settings: PretrainConfig, dtype: torch.dtype, compiles: bool
 ) -> None:
-    """How the networks compute, not what: attention, checkpointing, compilation; in place.
+    """How the networks compute, not what: kernels, checkpointing, compilation; in place.
 
     Raises:
         ConfigError: the network cannot do what the settings ask for.
@@ -204,7 +204,7 @@ def prepare_networks(
         checkpoint_activations(task.student.backbone)
     for network in (task.student, task.teacher):
         device = next(network.parameters()).device
-        attention_backend(network.backbone, device.type, dtype)
+        choose_kernels(network, device.type, dtype)
         if compiles:
             compile_blocks(network.backbone.net)
     task.compiles_loss = compiles

@@ -26,7 +26,7 @@ from dino_kd.engine.optim import make_optimizer, scaled_groups
 from dino_kd.engine.precision import DTYPES, choose_precision
 from dino_kd.engine.signals import StopFlag
 from dino_kd.files import write_json
-from dino_kd.models.backbone import attention_backend
+from dino_kd.models.kernels import choose_kernels
 from dino_kd.models.layers import with_drop_path
 from dino_kd.presets import fit_options, make_span, single_view_schedules
 from dino_kd.rundir import (
@@ -127,7 +127,7 @@ def prepare(settings: FinetuneConfig, device: torch.device) -> Run:
         label_smoothing=augment.label_smoothing,
         mixing=Mixing(classes, mixup=augment.mixup, cutmix=augment.cutmix, share=augment.mix_share),
     ).to(device)
-    attention_backend(task.backbone, device.type, DTYPES[optim.precision])
+    choose_kernels(task.backbone, device.type, DTYPES[optim.precision])
     groups = scaled_groups(task, task.lr_scales(float(optim.layer_decay)))
     log = make_log(settings)
     optimizer = make_optimizer(optim.name, groups, momentum=optim.sgd_momentum)

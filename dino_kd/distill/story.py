@@ -40,9 +40,10 @@ from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import CheckpointError, ConfigError, unknown_name
 from dino_kd.features import default_resize
 from dino_kd.files import write_tensors
-from dino_kd.models.backbone import Backbone, as_size, attention_backend, check_input_size
+from dino_kd.models.backbone import Backbone, as_size, check_input_size
 from dino_kd.models.batch_norm import recalibrate
 from dino_kd.models.classifier_file import write_classifier
+from dino_kd.models.kernels import choose_kernels
 from dino_kd.presets import Span, fit_options, make_span, single_view_schedules
 from dino_kd.pretrained import backbone_from_settings, save_backbone
 from dino_kd.rundir import (
@@ -184,7 +185,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
     for teacher in teachers:
         teacher.to(device)
     for backbone in (student, *(teacher.backbone for teacher in teachers)):
-        attention_backend(backbone, device.type, DTYPES[optim.precision])
+        choose_kernels(backbone, device.type, DTYPES[optim.precision])
     log = make_log(settings)
     return Lesson(
         settings, device, images, span, teachers, task, weights, class_names, log, renderer, notes

@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         class_tokens = int(getattr(net, "cls_token", None) is not None)
         self.num_prefix_tokens = int(getattr(net, "num_prefix_tokens", class_tokens))
         self.patch_size = _patch_size(net)
-        self._fused = [n for n, m in net.named_modules() if getattr(m, "fused_attn", False)]
+        self.fusable = [n for n, m in net.named_modules() if getattr(m, "fused_attn", False)]
         scale = 1 / (255 * torch.tensor(self.std))
         offset = torch.tensor(self.mean) / torch.tensor(self.std)
         self.register_buffer("_scale", scale[:, None, None], persistent=False)  # [C, 1, 1]
@@ -315,19 +315,6 @@ def create_backbone(
             f"{patch_size} px; leave it out"
         )
     return backbone
-
-
-def attention_backend(backbone: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Choose the faster attention for a device and the dtype of its matrix products, in place.
-
-    On a CPU in bf16 plain matrix products beat PyTorch's fused attention (1.3 to 1.65 times for a
-    whole training step); everywhere else the fused one is used by every module that offers it.
-    """
-    fused = not (device_type == "cpu" and dtype == torch.bfloat16)
-    for module in backbone.modules():
-        if isinstance(module, Backbone):
-            for name in module._fused:
-                module.net.get_submodule(name).fused_attn = fused  # type: ignore[assignment]
 
 
 def as_size(size: int | Sequence[int]) -> tuple[int, int]:

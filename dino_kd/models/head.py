@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_kd.models.unit_rows import unit_rows
+from dino_kd.products import linear
 
 _EPS = 1e-6  # far below any real length, far above float32's rounding near zero
 
@@ -78,8 +79,8 @@ class DINOHead(nn.Module):
         if frozen:
             with torch.no_grad():
                 prototypes = self._prototypes()
-            return _Unmoved.apply(F.linear(z, prototypes), *self.prototype_parameters())
-        return F.linear(z, self._prototypes())
+            return _Unmoved.apply(linear(z, prototypes), *self.prototype_parameters())
+        return linear(z, self._prototypes())
 
     def _prototypes(self) -> Tensor:
         if self.lengths is not None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from dino_kd.models import cls_only
 from dino_kd.models.attention import kept_input
-from dino_kd.models.backbone import attention_backend, create_backbone
+from dino_kd.models.backbone import create_backbone
+from dino_kd.models.kernels import choose_kernels
 from dino_kd.models.taps import taps
 
 SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 2}
@@ -63,7 +64,7 @@ def gradients(backbone, forward, x):
 def test_features_and_gradients_are_the_whole_networks(variant, fused):
     """With stochastic depth, whose numbers are the same, for both kinds of attention."""
     backbone = small(variant, drop_path=0.5)
-    attention_backend(backbone, "cpu", torch.float32 if fused else torch.bfloat16)
+    choose_kernels(backbone, "cpu", torch.float32 if fused else torch.bfloat16)
     assert cls_only.fits(backbone.net)
     x = torch.randn(6, 3, 32, 32)
     found, found_gradients = gradients(backbone, backbone, x)
