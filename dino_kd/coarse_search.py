@@ -23,15 +23,18 @@ as three more columns, which hold it to 24 bits, against three ones on the query
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _GROUP = 8  # columns whose maximum stands for them in the first choice
 _ROUNDED = 1024  # bank rows rounded at once
+_PARTITIONED = 2**18  # numbers that a thread partitions at once
 _RESCORED = 2**20  # numbers of candidate rows held at once; they should stay in the cache
 _SORTED = 4096  # queries whose candidates are sorted at once
 _SAMPLE = 4096  # rows that the common vector is the mean of
@@ -174,12 +177,35 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     groups = values.shape[1] // _GROUP
     if groups < 2 * count:
-        return values.topk(count, dim=1, sorted=False)
+        place = _places_of_largest(values, count)
+        return values.gather(1, place), place
     table = values.view(len(values), _GROUP, groups)
-    group = table.amax(1).topk(count, dim=1, sorted=False).indices  # [q, c]
+    maxima = table
+    while maxima.shape[1] > 1:  # by halves: twice as fast as amax on a CPU
+        maxima = torch.maximum(*maxima.chunk(2, dim=1))
+    group = _places_of_largest(maxima[:, 0], count)  # [q, c]
     within = table.gather(2, group[:, None].expand(-1, _GROUP, -1)).flatten(1)  # [q, 8 c]
-    near, place = within.topk(count, dim=1, sorted=False)
+    place = _places_of_largest(within, count)
+    near = within.gather(1, place)
     return near, (place // count) * groups + group.gather(1, place % count)
+
+
+def _places_of_largest(values: Tensor, count: int) -> Tensor:
+    """Columns int64 ``[q, count]`` of the largest of every row, in no order.
+
+    On a CPU by numpy's partition, four times as fast as `topk` where it knows the processor; it
+    lets go of Python's lock, so that threads share the rows.
+    """
+    if values.device.type != "cpu":
+        return values.topk(count, dim=1, sorted=False).indices
+
+    def partition(rows: Tensor) -> np.ndarray:
+        order = np.argpartition(rows.float().numpy(), -count, axis=1)
+        return order[:, -count:]
+
+    parts = values.split(max(1, _PARTITIONED // values.shape[1]))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return torch.from_numpy(np.concatenate(list(threads.map(partition, parts))))
 
 
 def rescore(queries: Tensor, bank: Tensor, lengths: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
