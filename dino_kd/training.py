@@ -19,6 +19,7 @@ from dino_kd.crop_sizes import (
 )
 from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.decoded import check_channels
 from dino_kd.data.loader import CropBatch, crop_batches
 from dino_kd.data.packed import pack_folder
 from dino_kd.data.renderers import Renderer, make_renderer
@@ -116,7 +117,9 @@ def prepare(settings: PretrainConfig, device: torch.device) -> Training:
     dataset = training_images(settings)
     plan = make_plan(settings, len(dataset), world_size())
     settings, notes = resolve_auto(settings, plan, precision)
-    renderer = make_renderer(settings.data.renderer, notes.append)
+    renderer = make_renderer(settings.data.renderer, notes.append, device, compiled=compiles)
+    if renderer.name == "device":
+        check_channels(settings.model.in_chans)
     task = build_task(settings)
     crops = crop_curriculum(
         settings.curriculum,

@@ -140,6 +140,14 @@ def test_flops_of_a_step_grow_with_its_crops(images):
     assert four - two == two - none > 0
 
 
+@pytest.mark.usefixtures("quick_peak")
+def test_rendering_on_the_device_is_the_loaders_part_not_the_steps(images):
+    """Its matrix products are no work of the network."""
+    elsewhere, here = (bench(settings(images, f"data.renderer={n}")) for n in ("torch", "device"))
+    assert here["flops_per_step_and_process"] == elsewhere["flops_per_step_and_process"]
+    assert here["images_per_s"]["loader"] > 0
+
+
 @pytest.mark.parametrize(
     ("more", "parts"),
     [

@@ -571,13 +571,37 @@ def test_every_setting_is_read(images, tmp_path, monkeypatch):
 def test_the_renderer_that_is_asked_for_renders_and_is_written_down(images, tmp_path):
     """Each one's first loss is the loss of the same crops; the name is in env.json."""
     losses = {}
-    for name in ("pillow", "torch"):
+    for name in ("pillow", "torch", "device"):
         run = settings(images, tmp_path / name, f"data.renderer={name}", "optim.length=1")
         pretrain(run)
         assert json.loads((tmp_path / name / "env.json").read_text())["renderer"] == name
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = json.loads(rows[0])["loss"]
     assert losses["torch"] == pytest.approx(losses["pillow"], rel=1e-2)
+    assert losses["device"] == pytest.approx(losses["pillow"], rel=1e-2)
+
+
+def test_crops_of_the_device_keep_the_run(images, tmp_path, monkeypatch):
+    """Stopped, continued with loader threads, and in micro-batches, on crops whose size changes."""
+    more = ["data.renderer=device", "curriculum.scale=0.5", "curriculum.length=50%"]
+    reference = pretrain(settings(images, tmp_path / "reference", *more))
+    assert (reference / "crops.png").exists()
+    interrupt_at(5, monkeypatch)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="received SIGTERM"):
+        pretrain(settings(images, run, *more))
+    monkeypatch.undo()
+    pretrain(settings(images, run, *more, "resume=true", "data.num_workers=2"))
+    assert_same_run(run, reference)
+    split = pretrain(settings(images, tmp_path / "split", *more, "optim.accumulate=4"))
+    assert_close_runs(split, reference)
+
+
+def test_the_device_refuses_other_channels_before_anything_is_written(images, tmp_path):
+    grey = ["model.in_chans=1", "crops.preset=non_rgb", "data.renderer=device"]
+    with pytest.raises(UserError, match=r"data.renderer=device renders RGB images"):
+        pretrain(settings(images, tmp_path / "run", *grey))
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_crop_setting_changes_the_crops(images):

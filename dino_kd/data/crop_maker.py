@@ -1,13 +1,14 @@
 """Fill one batch of crops: read its images, replace the broken ones, render into one buffer.
 
 Loader processes fill a whole batch each; loader threads fill one together, a range of places
-each. The bytes are the same.
+each. The bytes are the same. For the device renderer they gather the images as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 
 from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.decoded import Allocate, DecodedBatch, Gathering, Size, in_new_memory
 from dino_kd.data.images import BrokenImage
-from dino_kd.data.multicrop import CropPolicy, Crops, sample_batch, stream
-from dino_kd.data.renderers import Renderer
+from dino_kd.data.multicrop import BatchParams, CropPolicy, Crops, sample_batch, stream
+from dino_kd.data.renderers import DeviceRenderer, Renderer
 from dino_kd.errors import DataError, UserError
 
 _ORDER_KEY = 0x6F72646572  # "order": the permutation of an epoch
@@ -28,8 +30,6 @@ _MAX_REPLACEMENTS = 20
 _GATHERED_BYTES = 4 * 2**20
 
 Request = tuple[int, np.ndarray, CropPolicy]  # epoch, images, what may happen to their crops
-Shape = tuple[int, ...]
-Allocate = Callable[[Shape, Shape], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -93,10 +93,6 @@ class CropRequests:
             yield epoch, order[begin : begin + share].copy(), policy
 
 
-def _empty(globals_: Shape, locals_: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(globals_, dtype=torch.uint8), torch.empty(locals_, dtype=torch.uint8)
-
-
 @dataclass
 class CropMaker:
     """Makes the batch of a request."""
@@ -105,7 +101,7 @@ class CropMaker:
     seed: int
     renderer: Renderer
 
-    def __getitems__(self, request: Request) -> CropBatch | UserError:
+    def __getitems__(self, request: Request) -> CropBatch | DecodedBatch | UserError:
         """The whole batch, for a loader process; an error is carried home without a traceback."""
         batch = self.open(request)
         try:
@@ -114,7 +110,7 @@ class CropMaker:
             return error
         return batch.result()
 
-    def open(self, request: Request, allocate: Allocate = _empty) -> OpenBatch:
+    def open(self, request: Request, allocate: Allocate = in_new_memory) -> OpenBatch:
         """A batch to be filled; `allocate` gives its two buffers once the channels are known."""
         return OpenBatch(self, *request, allocate)
 
@@ -131,10 +127,13 @@ class OpenBatch:
         allocate: Allocate,
     ) -> None:
         self._maker, self._epoch, self._indices = maker, epoch, indices
-        self._policy, self._allocate = policy, allocate
-        self._lock = threading.Lock()
-        self._crops: Crops | None = None
-        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+        self._content: Gathering | _Rendering
+        # No method of this batch: that would be a circle, and keep its memory for longer.
+        draw = functools.partial(_draw, policy, maker.seed, epoch, indices)
+        if isinstance(maker.renderer, DeviceRenderer):
+            self._content = Gathering(len(indices), draw, allocate)
+        else:
+            self._content = _Rendering(maker.renderer, len(indices), draw, allocate)
         self._shown = indices.copy()
         self._broken: dict[int, list[BrokenImage]] = {}  # by place
 
@@ -148,7 +147,7 @@ class OpenBatch:
         """
         block = self._read_block(begin, end)
         if block is not None:
-            self._render(block, begin)
+            self._content.add(block, begin)
             return
         images: list[np.ndarray] = []
         gathered = 0
@@ -158,14 +157,13 @@ class OpenBatch:
             images.append(self._read(place))
             gathered += images[-1].nbytes
             if gathered >= _GATHERED_BYTES or place == end - 1:
-                self._render(images, place + 1 - len(images))
+                self._content.add(images, place + 1 - len(images))
                 images, gathered = [], 0
 
-    def result(self) -> CropBatch:
+    def result(self) -> CropBatch | DecodedBatch:
         """The batch; only once every place is filled."""
-        assert self._crops is not None  # a batch has at least one image
         broken = [image for place in sorted(self._broken) for image in self._broken[place]]
-        return CropBatch(self._crops, torch.from_numpy(self._shown), broken)
+        return self._content.batch(torch.from_numpy(self._shown), broken)
 
     def _read_block(self, begin: int, end: int) -> np.ndarray | None:
         """uint8 [end - begin, H, W, C] from a set that keeps pixels, unless one is broken."""
@@ -192,27 +190,58 @@ class OpenBatch:
             f"last one is {broken}"
         )
 
-    def _render(self, images: Any, begin: int) -> None:
-        """Crops of `images`, a list or one array, which stand at the places from `begin` on."""
-        maker, end = self._maker, begin + len(images)
+
+def _draw(
+    policy: CropPolicy,
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    begin: int,
+    sizes: Sequence[Size] | np.ndarray,
+) -> BatchParams:
+    """The numbers at the places from `begin` on; a replacement takes the broken image's."""
+    return sample_batch(policy, sizes, seed, epoch, indices[begin : begin + len(sizes)])
+
+
+class _Rendering:
+    """Renders images into the buffers of the batch, as they come."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        count: int,
+        draw: Callable[[int, Sequence[Size] | np.ndarray], BatchParams],
+        allocate: Allocate,
+    ) -> None:
+        self._renderer, self._count = renderer, count
+        self._draw, self._allocate = draw, allocate
+        self._lock = threading.Lock()
+        self._crops: Crops | None = None
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    def add(self, images: Any, begin: int) -> None:
+        """Render `images`, a list or one array, which stand at the places from `begin` on."""
         sizes = (
             np.broadcast_to(images.shape[1:3], (len(images), 2))
             if isinstance(images, np.ndarray)
             else [image.shape[:2] for image in images]
         )
-        drawn_for = self._indices[begin:end]  # a replacement takes the broken one's numbers
-        params = sample_batch(self._policy, sizes, maker.seed, self._epoch, drawn_for)
-        buffers = self._buffers(images[0].shape[2])
-        maker.renderer.render(images, params, *buffers, range(begin, end))
+        params = self._draw(begin, sizes)
+        buffers = self._buffers(images[0].shape[2], params.policy)
+        self._renderer.render(images, params, *buffers, range(begin, begin + len(images)))
 
-    def _buffers(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, indices: torch.Tensor, broken: list[BrokenImage]) -> CropBatch:
+        """The batch; only once every place is filled."""
+        assert self._crops is not None  # a batch has at least one image
+        return CropBatch(self._crops, indices, broken)
+
+    def _buffers(self, channels: int, policy: CropPolicy) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if self._arrays is None:
-                policy, batch = self._policy, len(self)
                 self._crops = Crops(
                     *self._allocate(
-                        (policy.num_global_crops, batch, channels, *policy.global_size),
-                        (policy.num_local_crops, batch, channels, *policy.local_size),
+                        (policy.num_global_crops, self._count, channels, *policy.global_size),
+                        (policy.num_local_crops, self._count, channels, *policy.local_size),
                     )
                 )
                 self._arrays = self._crops.global_crops.numpy(), self._crops.local_crops.numpy()

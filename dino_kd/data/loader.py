@@ -20,10 +20,11 @@ from dino_kd.data.crop_maker import (
     steps_per_epoch,
 )
 from dino_kd.data.dataset import ImageDataset
+from dino_kd.data.decoded import DecodedBatch
 from dino_kd.data.images import BrokenImage
 from dino_kd.data.multicrop import CropPolicy
 from dino_kd.data.processes import run_in_processes
-from dino_kd.data.renderers import Renderer, make_renderer
+from dino_kd.data.renderers import DeviceRenderer, Renderer, make_renderer
 from dino_kd.data.threads import run_in_threads
 from dino_kd.errors import ConfigError, DataError, UserError
 
@@ -92,7 +93,8 @@ def crop_batches(
     """This rank's batches of the steps `start_step` .. `total_steps` - 1.
 
     Draws from (seed, epoch, image) only; `renderer` (the fastest one when None) turns the draws
-    into pixels. `policy` may be a function of the 0-based step: each request carries its own along.
+    into pixels; a `DeviceRenderer` leaves them on its device. `policy` may be a function of the
+    0-based step: each request carries its own along.
     `batch_size` is global. Epoch e is one permutation; its global batch t is entries t*B .. (t+1)*B
     of it, and rank r takes the r-th of `world_size` equal slices.
     One iterator runs over all steps, so loading does not pause between epochs. Closing it
@@ -123,8 +125,26 @@ def crop_batches(
     maker = CropMaker(dataset, seed, renderer or make_renderer())
     if num_workers and worker_kind(workers, maker.renderer) == "threads":
         pin = pin_memory and torch.cuda.is_available()
-        return run_in_threads(maker, requests, num_workers, pin_memory=pin)
-    return run_in_processes(maker, requests, num_workers, pin_memory)
+        made = run_in_threads(maker, requests, num_workers, pin_memory=pin)
+    else:
+        made = run_in_processes(maker, requests, num_workers, pin_memory)
+    if isinstance(maker.renderer, DeviceRenderer):
+        return _on_device(made, maker.renderer)
+    return made
+
+
+def _on_device(
+    decoded: Generator[DecodedBatch, None, None], renderer: DeviceRenderer
+) -> Generator[CropBatch, None, None]:
+    """Batches rendered when they are asked for. Closing this closes `decoded`."""
+    try:
+        for batch in decoded:
+            made = CropBatch(renderer.crops_of(batch), batch.indices, batch.broken)
+            del batch  # else its memory would be held until the next one is ready
+            yield made
+            del made
+    finally:
+        decoded.close()
 
 
 def worker_kind(workers: str, renderer: Renderer) -> str:

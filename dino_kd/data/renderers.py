@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from dino_kd.data.compiler import CannotCompileError
+from dino_kd.data.device_crops import DeviceRenderer
 from dino_kd.data.multicrop import BatchParams, render_crops, sample_batch
 from dino_kd.data.native import NativeRenderer
 from dino_kd.data.torch_crops import TorchRenderer
@@ -20,20 +22,21 @@ from dino_kd.errors import ConfigError, unknown_name
 __all__ = [
     "RENDERERS",
     "BatchParams",
+    "DeviceRenderer",
     "PillowRenderer",
     "Renderer",
     "make_renderer",
     "sample_batch",
 ]
 
-RENDERERS = ("auto", "native", "torch", "pillow")
+RENDERERS = ("auto", "native", "torch", "pillow", "device")
 
 
 class Renderer(Protocol):
     """Renders the crops of some images into the buffers of a batch.
 
     Attributes:
-        name: "native", "torch" or "pillow"; what "auto" came to.
+        name: "native", "torch", "pillow" or "device"; what "auto" came to.
         releases_gil: Whether threads of one process render side by side.
     """
 
@@ -103,13 +106,21 @@ class RgbRenderer:
         (self.rgb if is_rgb else self.other).render(images, params, globals_out, locals_out, slots)
 
 
-def make_renderer(name: str = "auto", note: Callable[[str], None] | None = None) -> Renderer:
+def make_renderer(
+    name: str = "auto",
+    note: Callable[[str], None] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    compiled: bool = False,
+) -> Renderer:
     """The back-end of that name.
 
     Args:
         name: One of `RENDERERS`; auto: native where it compiles (seconds, the first time on a
-            machine), else torch.
+            machine), else torch; never device, whose speed nobody has measured on a GPU.
         note: Is told, in a sentence, why auto did not come to native.
+        device: Where the renderer called device renders.
+        compiled: Whether it fuses colour changes by torch.compile.
 
     Raises:
         ConfigError: an unknown name, or native, asked for by name, does not compile here.
@@ -118,6 +129,8 @@ def make_renderer(name: str = "auto", note: Callable[[str], None] | None = None)
         raise unknown_name("renderer", name, RENDERERS, "data.renderer")
     if name == "pillow":
         return PillowRenderer()
+    if name == "device":
+        return DeviceRenderer(device, compiled=compiled)
     if name != "torch":
         try:
             return RgbRenderer(NativeRenderer())

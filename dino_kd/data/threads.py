@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dino_kd.data.crop_maker import CropBatch, CropMaker, OpenBatch, Shape
+from dino_kd.data.crop_maker import CropBatch, CropMaker, OpenBatch
+from dino_kd.data.decoded import DecodedBatch, Shape
 from dino_kd.data.processes import signals_blocked
 from dino_kd.errors import UserError
 
@@ -76,7 +77,7 @@ class _Pending:
             if not self._left:
                 self.done.set()
 
-    def result(self) -> CropBatch:
+    def result(self) -> CropBatch | DecodedBatch:
         """Wait for the batch, or raise the error of its first failing piece."""
         self.done.wait()
         if self.errors:
@@ -91,7 +92,7 @@ def run_in_threads(
     num_threads: int,
     *,
     pin_memory: bool = False,
-) -> Generator[CropBatch, None, None]:
+) -> Generator[Any, None, None]:
     """Serve the requests in order by `num_threads` threads; closing ends them.
 
     Every batch is cut into one piece per thread. The threads are daemons: a read that never comes

@@ -68,11 +68,11 @@ def hue(steps: Tensor, crops: Tensor) -> None:
     for band, centre, is_red in ((red, 3, True), (green, 2, False), (blue, 4, False)):
         tent = (sector - centre).abs_()
         tent = tent.neg_().add_(2) if is_red else tent.sub_(1)
-        torch.sub(most, tent.clamp_(0, 1).mul_(drop), out=band)
+        band.copy_(tent.clamp_(0, 1).mul_(drop).neg_().add_(most))
     crops.add_(0.5).floor_()
 
 
-_CHANGES: tuple[Callable[[Tensor, Tensor], None], ...] = (brightness, contrast, saturation, hue)
+CHANGES: tuple[Callable[[Tensor, Tensor], None], ...] = (brightness, contrast, saturation, hue)
 
 
 def apply_to(crops: Tensor, mask: np.ndarray, change: Callable[[Tensor], None]) -> None:
@@ -98,7 +98,7 @@ def jitter(crops: Tensor, changes: np.ndarray, factors: np.ndarray) -> None:
         factors: float [n, 4]: brightness, contrast, saturation, and steps of hue.
     """
     for turn in range(4):
-        for place, change in enumerate(_CHANGES):
+        for place, change in enumerate(CHANGES):
             mask = changes[:, turn] == place + 1
             if mask.any():
                 amount = torch.from_numpy(factors[mask, place].astype(np.float32))
@@ -110,7 +110,7 @@ def grayscale(crops: Tensor) -> None:
     crops.copy_(luma(crops)[:, None].expand_as(crops))
 
 
-def solarize(crops: Tensor, threshold: int) -> None:
+def solarize(threshold: int, crops: Tensor) -> None:
     """Levels from `threshold` up are inverted."""
     inverted = (crops - (threshold - 1)).clamp_(0, 1)
     crops.add_(inverted.mul_(255 - 2 * crops))
@@ -121,23 +121,35 @@ def blur(crops: Tensor, sigmas: np.ndarray) -> None:
 
     Edge pixels are repeated, and levels rounded after every filter. `sigmas` [n] in pixels.
     """
+    for whole, mask, inner, outer in box_widths(sigmas):
+        shares = (torch.from_numpy(share).to(crops.device) for share in (inner, outer))
+        apply_to(crops, mask, functools.partial(box_blur, whole, *shares))
+
+
+def box_widths(sigmas: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """The box filters of Gaussians, those that reach equally far together.
+
+    Returns:
+        Of each group: whole pixels on either side of the middle; bool [n], which of `sigmas` are
+        in it; and of those float32 [m] the share of a whole pixel, and of the two that are cut.
+    """
     variance = sigmas**2 / 3
     low = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * low + 1) * (low * (low + 1) - 3 * variance)
     radius = low + part / (6 * (variance - (low + 1) ** 2))
+    groups = []
     for whole in np.unique(radius.astype(np.int64)).tolist():
         mask = radius.astype(np.int64) == whole
-        inner = 1 / (2 * radius[mask] + 1)  # the share of each whole pixel
-        outer = (1 - (2 * whole + 1) * inner) / 2  # of the two that are cut
-        shares = (
-            torch.from_numpy(share.astype(np.float32)).to(crops.device)[:, None, None, None]
-            for share in (inner, outer)
-        )
-        apply_to(crops, mask, functools.partial(_boxes, whole, *shares))
+        inner = 1 / (2 * radius[mask] + 1)
+        outer = (1 - (2 * whole + 1) * inner) / 2
+        groups.append((whole, mask, inner.astype(np.float32), outer.astype(np.float32)))
+    return groups
 
 
-def _boxes(whole: int, inner: Tensor, outer: Tensor, crops: Tensor) -> None:
+def box_blur(whole: int, inner: Tensor, outer: Tensor, crops: Tensor) -> None:
+    """Three box filters along rows, then three along columns; see `box_widths` for the numbers."""
     reach, levels = whole + 1, crops
+    inner, outer = inner[:, None, None, None], outer[:, None, None, None]
     for dim, margins in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         size = crops.shape[dim]
         for _ in range(3):

@@ -74,7 +74,6 @@ def _colour(group: np.ndarray, params: BatchParams, columns: range, places: np.n
     amounts = (params.brightness, params.contrast, params.saturation, params.hue_steps())
     factors = np.stack([amount[:, chosen] for amount in amounts], axis=-1)
     rows, numbers = np.nonzero(changes.any(-1) | gray | (sigma > 0) | solarize)
-    threshold = params.policy.solarize_threshold
     shape = group.shape[2:]
     flat = group.reshape(-1, group[0, 0].size)  # a view; numpy copies whole rows fast
     together = max(1, _TOGETHER // group[0, 0].size)
@@ -87,6 +86,6 @@ def _colour(group: np.ndarray, params: BatchParams, columns: range, places: np.n
         blurred = sigma[of] > 0
         sigmas = sigma[of][blurred]
         torch_colour.apply_to(crops, blurred, functools.partial(torch_colour.blur, sigmas=sigmas))
-        inverts = functools.partial(torch_colour.solarize, threshold=threshold)
+        inverts = functools.partial(torch_colour.solarize, params.policy.solarize_threshold)
         torch_colour.apply_to(crops, solarize[of], inverts)
         flat[at] = crops.to(torch.uint8).flatten(1).numpy()

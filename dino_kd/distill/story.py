@@ -163,7 +163,7 @@ def prepare(settings: DistillConfig, device: torch.device, *, control: bool = Fa
     notes: list[str] = []
     if not labels_alone:
         teachers, notes = open_teachers(settings, images, control)
-    renderer = make_renderer(settings.data.renderer, notes.append)
+    renderer = make_renderer(settings.data.renderer, notes.append, device)
     class_names = classes_of(settings, images, teachers)
     num_classes = None if class_names is None else len(class_names)
     span = make_span(

@@ -62,10 +62,12 @@ class DataSettings(Settings):
         unit="GB",
         free=True,
     )
-    renderer: Literal["auto", "native", "torch", "pillow"] = setting(
+    renderer: Literal["auto", "native", "torch", "pillow", "device"] = setting(
         "auto",
         "What cuts and colours crops: native (C++ compiled at first use), torch, or pillow, the "
-        "reference; auto: native, without a compiler torch. Crops differ by rounding only.",
+        "reference; auto: native, without a compiler torch. device: on the device that trains, "
+        "while loaders only read and decode; RGB only, and not measured on a GPU yet, so auto "
+        "never takes it. Crops differ by rounding only.",
         free=True,
     )
     max_broken_share: Share = setting(
@@ -285,8 +287,8 @@ class OptimSettings(Settings):
     )
     compile: Auto | bool = setting(
         "auto",
-        "torch.compile for the loss and a ViT's blocks; auto: on CUDA, where a compiler is found. "
-        "The first steps wait for it.",
+        "torch.compile for the loss, a ViT's blocks and the colours of data.renderer=device; auto: "
+        "on CUDA, where a compiler is found. The first steps wait for it.",
         free=True,
     )
     max_bad_steps: PositiveInt = setting(

@@ -98,7 +98,7 @@ def agreement(renderer: Renderer, images: list[np.ndarray], params: BatchParams)
     return float(10 * np.log10(255**2 / mean)) if mean else np.inf
 
 
-@pytest.fixture(scope="module", params=["native", "torch"])
+@pytest.fixture(scope="module", params=["native", "torch", "device"])
 def fast(request: pytest.FixtureRequest) -> Renderer:
     if request.param == "native":
         try:
@@ -119,7 +119,7 @@ def test_a_batch_draws_what_each_image_draws_alone(policy: CropPolicy) -> None:
         assert params.crops_of(row) == sample_crops(policy, *size, crop_rng(5, 3, index))
 
 
-@pytest.mark.parametrize("name", ["native", "torch", "pillow"])
+@pytest.mark.parametrize("name", ["native", "torch", "device", "pillow"])
 def test_crops_land_in_the_slots_that_are_told(name: str) -> None:
     if name == "native" and not shutil.which("g++"):
         pytest.skip("no compiler")
@@ -182,6 +182,7 @@ def test_the_smallest_pictures_and_crops(
     assert agreement(fast, images, params) > 46
 
 
+@pytest.mark.parametrize("fast", ["native", "torch"], indirect=True)
 def test_other_channel_counts_are_left_to_pillow(fast: Renderer) -> None:
     image = natural(30, 30, 0)[:, :, :2].copy()
     params = sample_batch(SMALL, [(30, 30)], 0, 0, [0])
@@ -236,6 +237,7 @@ def test_the_kernel_refuses_what_lies_outside() -> None:
         native.render([image], params, made[0][:, :, :, ::2], made[1], [0])
 
 
+@pytest.mark.parametrize("fast", ["native", "torch"], indirect=True)
 def test_buffers_that_are_not_contiguous_are_refused(fast: Renderer) -> None:
     params = sample_batch(SMALL, [(20, 20)], 0, 0, [0])
     large, little = buffers(SMALL, 2)

@@ -72,7 +72,7 @@ def test_grey_and_solarize_are_exact() -> None:
         crops = every_colour()
         table = [v if v < threshold else 255 - v for v in range(256)]
         expected = [picture.point(table * 3) for picture in pictures(crops)]
-        torch_colour.solarize(crops, threshold)
+        torch_colour.solarize(threshold, crops)
         assert difference(crops, expected).max() == 0
 
 

@@ -250,7 +250,8 @@ def test_an_entry_that_says_it_is_another_is_filled_anew(run, asked, tmp_path):
 def test_answers_belong_to_the_pixels_of_one_renderer(run, tmp_path):
     run("pillow", "data.renderer=pillow")
     run("torch", "data.renderer=torch")
-    assert len(entries(tmp_path / "cache")) == 2
+    run("device", "data.renderer=device")
+    assert len(entries(tmp_path / "cache")) == 3
 
 
 def test_a_full_disk_names_the_cache(run, tmp_path, monkeypatch):
