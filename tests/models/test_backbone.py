@@ -9,7 +9,7 @@ import timm
 import torch
 
 from dino_kd.errors import ConfigError, UserError
-from dino_kd.models.backbone import attention_backend, create_backbone
+from dino_kd.models.backbone import create_backbone
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -198,24 +198,6 @@ def test_cifar_resnet_keeps_the_resolution_of_its_stem():
         assert backbone.eval().tokens(torch.randn(1, 3, 32, 32)).grid == (4, 4)
     assert sum(p.numel() for p in backbone.parameters()) == 11_168_832  # He et al. + 3x3 stem
     assert timm.create_model("resnet18_cifar", num_classes=10).fc.out_features == 10
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "fused"),
-    [
-        ("cpu", torch.bfloat16, False),
-        ("cpu", torch.float32, True),
-        ("cuda", torch.bfloat16, True),
-    ],
-)
-def test_only_bf16_on_cpu_uses_plain_attention(device, dtype, fused):
-    backbone = create_backbone("vit_tiny_patch16_224", img_size=32, args=TINY).eval()
-    x = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        before = backbone(x)
-        attention_backend(backbone, device, dtype)
-        assert {block.attn.fused_attn for block in backbone.net.blocks} == {fused}
-        torch.testing.assert_close(backbone(x), before)
 
 
 def test_drop_path_is_refused_where_it_would_be_ignored():
