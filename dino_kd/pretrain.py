@@ -205,7 +205,7 @@ def knn_monitor(
         size=backbone.img_size,
         num_workers=loader_processes(settings.data.num_workers, processes_here()),
         device=training.device,
-        precision="bf16" if settings.optim.precision == "bf16" else "fp32",
+        precision="bf16" if settings.optim.precision.startswith("bf16") else "fp32",
     )
     whole = training.whole_teacher
     return KnnMonitor(

@@ -34,6 +34,7 @@ from dino_kd.errors import ConfigError, unknown_name
 from dino_kd.models.checkpointing import checkpoint_activations
 from dino_kd.models.compiled_blocks import compile_blocks
 from dino_kd.models.kernels import choose_kernels
+from dino_kd.models.low_weights import check_low_weights
 from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto
 from dino_kd.pretrained import backbone_from_settings, head_from_settings
 from dino_kd.rundir import check_readable, refuse_run_inside, with_absolute_path
@@ -129,7 +130,7 @@ def prepare(settings: PretrainConfig, device: torch.device) -> Training:
         total_steps=plan.total_steps,
     )
     whole_teacher = place(task, settings, device)
-    prepare_networks(task, settings, DTYPES[precision], compiles)
+    prepare_networks(task, settings, precision, compiles)
     notes += [about_compiling] if about_compiling else []
     notes.append(describe_curriculum(crops))
     return Training(settings, device, dataset, plan, task, whole_teacher, crops, renderer, notes)
@@ -196,18 +197,22 @@ def place(task: DinoTask, settings: PretrainConfig, device: torch.device) -> Who
 
 
 def prepare_networks(
-    task: DinoTask, settings: PretrainConfig, dtype: torch.dtype, compiles: bool
+    task: DinoTask, settings: PretrainConfig, precision: str, compiles: bool
 ) -> None:
     """How the networks compute, not what: kernels, checkpointing, compilation; in place.
 
     Raises:
         ConfigError: the network cannot do what the settings ask for.
     """
-    if settings.model.checkpoint_activations:
+    checkpointing, sharded = settings.model.checkpoint_activations, settings.optim.shard
+    if precision == "bf16-params":
+        check_low_weights(task.student.backbone, checkpointing=checkpointing, sharded=sharded)
+    if checkpointing:
         checkpoint_activations(task.student.backbone)
     for network in (task.student, task.teacher):
         device = next(network.parameters()).device
-        choose_kernels(network, device.type, dtype)
+        choose_kernels(network, device.type, DTYPES[precision])
+        network.low_dtype = DTYPES[precision] if precision == "bf16-params" else None
         if compiles:
             compile_blocks(network.backbone.net)
     task.compiles_loss = compiles

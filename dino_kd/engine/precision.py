@@ -7,7 +7,12 @@ import torch
 from dino_kd.errors import ConfigError
 from dino_kd.hardware import has_bf16
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bf16-params": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

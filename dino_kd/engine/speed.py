@@ -43,7 +43,7 @@ class Peak:
 
 def peak_of(device: torch.device, precision: str) -> Peak:
     """The data sheet's bf16 peak of a known GPU, else the best of some large matrix products."""
-    if device.type == "cuda" and precision in ("bf16", "fp16"):
+    if device.type == "cuda" and DTYPES[precision] != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, tera in _PEAKS:
             if known in name:

@@ -282,8 +282,10 @@ class OptimSettings(Settings):
     freeze_last_layer: Length = setting(
         "1%", "Prototypes stay fixed for this long.", unit="steps, 'ep' or '%'"
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto", "Arithmetic; auto: bf16 where the hardware has it, else fp32."
+    precision: Literal["auto", "bf16", "bf16-params", "fp16", "fp32"] = setting(
+        "auto",
+        "Arithmetic; auto: bf16 where the hardware has it, else fp32. bf16-params: a ViT's "
+        "activations in bf16 throughout, which saves memory; weights stay fp32.",
     )
     compile: Auto | bool = setting(
         "auto",

@@ -16,25 +16,33 @@ from dino_kd.models.backbone import Backbone
 from dino_kd.models.batch_norm import BatchNormStatistics
 from dino_kd.models.ema import update_teacher
 from dino_kd.models.head import DINOHead
+from dino_kd.models.low_weights import with_low_weights
 
 TeacherBuffers = Literal["own", "ema", "copy"]
 
 
 class Network(nn.Module):
-    """A backbone and its projection head."""
+    """A backbone and its projection head.
+
+    Attributes:
+        low_dtype: compute the backbone in this type throughout (`with_low_weights`); None: as
+            autocast says.
+    """
 
     def __init__(self, backbone: Backbone, head: DINOHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.low_dtype: torch.dtype | None = None
 
     def features(self, groups: list[Tensor]) -> Tensor:
         """Features ``[S, B, D]`` of uint8 crop groups ``[crops, B, C, h, w]``, one size a group."""
-        features = []
-        for crops in groups:
-            images = self.backbone.preprocess(crops.flatten(0, 1))  # [crops * B, C, h, w]
-            features.append(self.backbone(images).unflatten(0, crops.shape[:2]))
-        return torch.cat(features)
+        images = [self.backbone.preprocess(crops.flatten(0, 1)) for crops in groups]
+        if self.low_dtype is None:
+            features = [self.backbone(pixels) for pixels in images]  # [crops * B, D] each
+        else:
+            features = with_low_weights(self.backbone, images, self.low_dtype)
+        return torch.cat(features).unflatten(0, (-1, groups[0].shape[1]))
 
     def logits(self, features: Tensor, *, frozen: bool = False) -> Tensor:
         """Head outputs ``[S, B, K]`` of features ``[S, B, D]``, all crops in one pass."""

@@ -1,0 +1,45 @@
+"""A network computed in half precision from end to end, on weights that stay float32.
+
+Autocast takes the products in half precision and everything between them in float32: layer norms,
+residual sums, and a cast on either side of each. Here the weights are cast once and the activations
+keep that type, so that operations are fewer and smaller. The float32 weights are the masters:
+gradients reach them through the cast, and the optimiser, the teacher's average and checkpoints see
+nothing else. The price is the residual stream, which in bf16 keeps 8 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dino_kd.errors import ConfigError
+from dino_kd.models.backbone import Backbone
+
+
+def with_low_weights(backbone: Backbone, groups: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """``backbone(images)`` in `dtype` for every group of normalised images ``[N, C, H, W]``.
+
+    The weights are cast once for all groups.
+    """
+    weights = {name: p.to(dtype) for name, p in backbone.named_parameters()}
+    with torch.autocast(groups[0].device.type, enabled=False):
+        return [functional_call(backbone, weights, (images.to(dtype),)) for images in groups]
+
+
+def check_low_weights(backbone: Backbone, *, checkpointing: bool, sharded: bool) -> None:
+    """Raise ConfigError for what does not go together with weights that are cast for a pass."""
+    name, advice = "optim.precision: bf16-params", "use optim.precision=bf16"
+    if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        raise ConfigError(
+            f"{name} is for vision transformers; {backbone.name} has batch norms, whose statistics "
+            f"need float32; {advice}"
+        )
+    if checkpointing:
+        raise ConfigError(
+            f"{name}: model.checkpoint_activations computes blocks again when the cast weights are "
+            f"gone; set it to false, or {advice}"
+        )
+    if sharded:
+        raise ConfigError(f"{name}: optim.shard casts in its own way; {advice}")
