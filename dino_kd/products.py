@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # some builds lack it
 _SMALLEST = 2**18  # multiplications from which the longer way through Python is worth it
 
 
@@ -29,10 +30,10 @@ def by_onednn() -> bool:
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or _is_intel():
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+    if OPERATOR is None or not torch.backends.mkl.is_available():
         return False
     x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-    with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # a torch without it
+    with contextlib.suppress(RuntimeError, TypeError):  # a torch that calls it otherwise
         return torch.equal(_multiply(x, weight, None), x @ weight.T)
     return False
 
@@ -69,7 +70,7 @@ def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    made: Tensor = OPERATOR(x, weight, bias, "none", [], "")
     return made
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_kd import products
+from dino_kd.engine.speed import count_flops
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.kernels import choose_kernels, kernels_for
 from dino_kd.products import linear
@@ -21,10 +22,7 @@ TINY = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor where it is faster; sizes that are too small for it too."""
-    if (
-        not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        or not torch.backends.mkldnn.is_available()
-    ):
+    if products.OPERATOR is None:
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "by_onednn", lambda: True)
     monkeypatch.setattr(products, "_SMALLEST", 0)
@@ -94,9 +92,9 @@ def test_other_types_and_autocast_are_left_to_torch(monkeypatch: pytest.MonkeyPa
         linear(*single)
 
 
-def test_a_torch_without_the_operator_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_with_another_operator_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Tensor | None) -> Tensor:
-        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+        raise RuntimeError("_linear_pointwise() takes other arguments")
 
     monkeypatch.setattr(products, "_multiply", missing)
     monkeypatch.setattr(products, "_is_intel", lambda: False)
@@ -150,3 +148,10 @@ def test_a_copy_of_a_network_uses_its_own_weights() -> None:
             parameter.mul_(0)
     torch.testing.assert_close(backbone(x), before)
     assert (other(x) == 0).all()
+
+
+@pytest.mark.usefixtures("onednn")
+def test_its_work_is_counted() -> None:
+    x, weight = (t.detach().float().requires_grad_() for t in tensors(7, 40)[:2])
+    forward = 2 * 7 * 40 * 48
+    assert count_flops(lambda: linear(x, weight).sum().backward()) == 3 * forward

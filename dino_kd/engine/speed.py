@@ -6,6 +6,7 @@ two; the share of the peak is the MFU of Chowdhery et al. (arXiv 2204.02311, app
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dino_kd import products
 from dino_kd.engine.precision import DTYPES
 from dino_kd.hardware import has_bf16
 
@@ -56,12 +58,12 @@ def peak_of(device: torch.device, precision: str) -> Peak:
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:
     """FLOP/s of the fastest of some products of two square matrices."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    out = left @ right  # warm-up
+    products.linear(left, right)  # warm-up
     best = float("inf")
     for _ in range(rounds):
         _finish(device)
         started = time.perf_counter()
-        torch.mm(left, right, out=out)
+        products.linear(left, right)
         _finish(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
@@ -80,7 +82,7 @@ def count_flops(work: Callable[[], object]) -> int:
     from torch.utils import flop_counter
 
     aten = torch.ops.aten
-    # Attention on a CPU is the one product that torch's own table leaves out.
+    # What torch's own table leaves out: attention on a CPU, and the products of `products`.
     on_cpu: dict[Any, Any] = {
         aten._scaled_dot_product_flash_attention_for_cpu: (
             lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v)
@@ -88,6 +90,7 @@ def count_flops(work: Callable[[], object]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
         ),
+        products.OPERATOR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
     }
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=on_cpu)
     with torch.compiler.set_stance("force_eager"), counter:
