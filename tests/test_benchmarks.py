@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dino_kd import products
+from dino_kd.data.renderers import make_renderer
+from dino_kd.errors import ConfigError
 from dino_kd.hardware import cpu_has_bf16
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -30,7 +33,7 @@ def test_a_step_is_faster_than_the_original(benchmark_named):
     times = {name: min(found) for name, found in step.measure_time("small", 2, 3, names).items()}
     original = times.pop("original, fp32")
     ratios = {name: original / seconds for name, seconds in times.items()}
-    assert ratios["dino_kd, fp32"] > 1.1, ratios
+    assert ratios["dino_kd, fp32"] > (1.4 if products.by_onednn() else 1.1), ratios
     if "dino_kd, bf16" in ratios:
         assert ratios["dino_kd, bf16"] > 1.5, ratios
 
@@ -65,3 +68,32 @@ def test_all_heads_at_once_are_faster_than_one_after_the_other(benchmark_named):
         }
     )
     assert seconds["one after the other"] > 1.5 * seconds["at once"], seconds
+
+
+def test_one_search_is_faster_than_a_search_for_each_k(benchmark_named):
+    """Measured eight times with bf16 and 3.5 without it, on a larger bank."""
+    knn = benchmark_named("knn")
+    bank, queries = knn.vectors(20_000, 256, 0), knn.vectors(500, 256, 1)
+    labels = torch.randint(0, 10, (len(bank),), generator=torch.Generator().manual_seed(2))
+    seconds = benchmark_named("linear").median_seconds(
+        {
+            "each": lambda: knn.search_for_each_k(queries, bank, labels),
+            "once": lambda: knn.search_once(queries, bank, labels, None),
+        }
+    )
+    assert seconds["each"] > (3 if cpu_has_bf16() else 2) * seconds["once"], seconds
+
+
+@pytest.mark.parametrize(("name", "least"), [("native", 3.5), ("torch", 1.8)])
+def test_crops_are_made_faster_than_by_torchvision(benchmark_named, tmp_path, name, least):
+    """Of photographs; measured 6.8 and 2.7 times."""
+    augment = benchmark_named("augment")
+    try:
+        renderer = make_renderer(name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    task = augment.task_of(augment.generated(tmp_path, 6)[0], 6)
+    seconds = benchmark_named("linear").median_seconds(
+        {"usual": lambda: augment.usual_way(task), "ours": lambda: augment.ours(task, renderer)}
+    )
+    assert seconds["usual"] > least * seconds["ours"], seconds
