@@ -35,6 +35,7 @@ from torch.nn import functional as F
 _GROUP = 8  # columns whose maximum stands for them in the first choice
 _ROUNDED = 1024  # bank rows rounded at once
 _PARTITIONED = 2**18  # numbers that a thread partitions at once
+_NUMPY_2 = int(np.__version__.partition(".")[0]) >= 2
 _RESCORED = 2**20  # numbers of candidate rows held at once; they should stay in the cache
 _SORTED = 4096  # queries whose candidates are sorted at once
 _SAMPLE = 4096  # rows that the common vector is the mean of
@@ -191,21 +192,25 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _places_of_largest(values: Tensor, count: int) -> Tensor:
-    """Columns int64 ``[q, count]`` of the largest of every row, in no order.
+    """Columns int64 ``[q, count]`` of the largest bf16 numbers of every row, in no order.
 
-    On a CPU by numpy's partition, four times as fast as `topk` where it knows the processor; it
-    lets go of Python's lock, so that threads share the rows.
+    On a CPU by the partition of numpy 2, four times as fast as `topk` where it knows the processor
+    (numpy 1 is slower than `topk`). It lets go of Python's lock, so that threads share the rows;
+    they do without torch, which would start threads of its own in each.
     """
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or not _NUMPY_2:
         return values.topk(count, dim=1, sorted=False).indices
+    bits = values.view(torch.int16).numpy().view(np.uint16)
 
-    def partition(rows: Tensor) -> np.ndarray:
-        order = np.argpartition(rows.float().numpy(), -count, axis=1)
-        return order[:, -count:]
+    def partition(begin: int) -> np.ndarray:
+        # bf16 is the upper half of a float32
+        numbers = (bits[begin : begin + rows].astype(np.uint32) << 16).view(np.float32)
+        return np.argpartition(numbers, -count, axis=1)[:, -count:]
 
-    parts = values.split(max(1, _PARTITIONED // values.shape[1]))
+    rows = max(1, _PARTITIONED // values.shape[1])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return torch.from_numpy(np.concatenate(list(threads.map(partition, parts))))
+        parts = list(threads.map(partition, range(0, len(values), rows)))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def rescore(queries: Tensor, bank: Tensor, lengths: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,16 +79,13 @@ class LinearGrid:
             slope = _softmax(self.logits(features, name))  # [b, R, Y]
             slope[mine, :, labels] -= 1  # gradient of the cross-entropy by the logits
             flat = slope.flatten(1)  # [b, R * Y]
-            weight_velocity, bias_velocity = self._velocity[name]
+            by_weight, by_bias = linear(x.T, flat.T), flat.sum(0)  # [D_input, R * Y], [R * Y]
             if is_grouped():
-                gradient = all_reduce_sum(torch.cat([x.T @ flat, flat.sum(0, keepdim=True)]))
-                gradient /= batch_size  # [D_input + 1, R * Y]
-                weight_velocity.mul_(self.momentum).add_(gradient[:-1])
-                bias_velocity.mul_(self.momentum).add_(gradient[-1])
-            else:
-                gradient = linear(x.T, flat.T)  # [D_input, R * Y]
-                weight_velocity.mul_(self.momentum).add_(gradient, alpha=1 / batch_size)
-                bias_velocity.mul_(self.momentum).add_(flat.sum(0), alpha=1 / batch_size)
+                together = all_reduce_sum(torch.cat([by_weight, by_bias[None]]))
+                by_weight, by_bias = together[:-1], together[-1]
+            weight_velocity, bias_velocity = self._velocity[name]
+            weight_velocity.mul_(self.momentum).add_(by_weight, alpha=1 / batch_size)
+            bias_velocity.mul_(self.momentum).add_(by_bias, alpha=1 / batch_size)
             self._weight[name].addcmul_(weight_velocity, self._rates, value=-factor)
             self._bias[name].addcmul_(bias_velocity, self._rates, value=-factor)
 

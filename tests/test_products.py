@@ -92,17 +92,29 @@ def test_other_types_and_autocast_are_left_to_torch(monkeypatch: pytest.MonkeyPa
         linear(*single)
 
 
-def test_a_torch_with_another_operator_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Tensor | None) -> Tensor:
+@pytest.mark.parametrize("works", [True, False])
+def test_it_is_chosen_where_it_is_faster_and_works(
+    monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    """On AVX-512 that is not Intel's; unless this torch calls the operator otherwise."""
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if works:
+            return F.linear(x, weight, bias)
         raise RuntimeError("_linear_pointwise() takes other arguments")
 
-    monkeypatch.setattr(products, "_multiply", missing)
+    if products.OPERATOR is None or not torch.backends.mkl.is_available():
+        pytest.skip("this torch has no oneDNN, or no MKL")
+    monkeypatch.setattr(products, "_multiply", multiply)
     monkeypatch.setattr(products, "_is_intel", lambda: False)
-    products.by_onednn.cache_clear()
-    try:
-        assert not products.by_onednn()
-    finally:
-        products.by_onednn.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    decide = products.by_onednn.__wrapped__
+    assert decide() == works
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not decide()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "_is_intel", lambda: True)
+    assert not decide()
 
 
 @pytest.mark.usefixtures("onednn")
@@ -125,12 +137,12 @@ def test_a_network_computes_the_same_and_can_be_set_back() -> None:
             with torch.no_grad():
                 backbone(x)
         assert len(calls) == 7  # four in the first block; of the last, three for one row
-        assert "forward" in backbone.net.blocks[0].attn.qkv.__dict__
+        layer = backbone.net.blocks[0].attn.qkv
+        assert type(layer) is products.Linear
         with kernels_for(backbone, "cpu", torch.bfloat16):
-            assert "forward" not in backbone.net.blocks[0].attn.qkv.__dict__
-        assert "forward" in backbone.net.blocks[0].attn.qkv.__dict__
-    linears = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
-    assert not any("forward" in module.__dict__ for module in linears)
+            assert type(layer) is nn.Linear
+        assert type(layer) is products.Linear
+    assert not any(isinstance(module, products.Linear) for module in backbone.modules())
 
 
 @pytest.mark.usefixtures("onednn")

@@ -40,14 +40,24 @@ class CannotCompileError(Exception):
 def compiled(name: str) -> Path:
     """The shared library made of the source file `name` in this folder.
 
-    Made when this source, compiler and processor have not met before. Several processes may ask at
+    Made when this source, compiler and processor have not met before. A compiler that fails gives
+    way to the next. Several processes may ask at
     once: each compiles into a file of its own and then renames it, which replaces it in one go.
 
     Raises:
-        CannotCompileError: no compiler, it fails, or the cache cannot be written.
+        CannotCompileError: no compiler, all fail (the first complaint), or the cache cannot be
+            written.
     """
-    source = Path(__file__).with_name(name)
-    compiler = find_compiler()
+    complaints = []
+    for compiler in compilers():
+        try:
+            return _compiled_by(compiler, Path(__file__).with_name(name))
+        except CannotCompileError as error:
+            complaints.append(error)
+    raise complaints[0]
+
+
+def _compiled_by(compiler: list[str], source: Path) -> Path:
     text = "\n".join([_version(compiler), _processor(), *_FLAGS, *_MACHINE_FLAGS])
     key = hashlib.sha256(source.read_bytes() + text.encode()).hexdigest()[:20]
     try:
@@ -62,32 +72,37 @@ def compiled(name: str) -> Path:
     return library
 
 
-def find_compiler() -> list[str]:
-    """The command of a C++ compiler: $CXX, or the wheel's, or the first of the usual names.
+def compilers() -> list[list[str]]:
+    """Commands of the C++ compilers here, to be tried in turn: $CXX alone, or all that are known.
 
-    The wheel comes first because it was installed for this: its code ran 1.3 to 1.4 times as fast
-    as that of g++ 12.
+    The wheel comes first because it was installed for this, and its code is faster than that of
+    g++ 12 (docs/results.md).
 
     Raises CannotCompileError when there is none.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else [_WHEEL, *_COMPILERS]
-    for name in names:
-        if name == _WHEEL and importlib.util.find_spec(_WHEEL) is not None:
-            return [sys.executable, "-m", _WHEEL, "c++"]
-        path = shutil.which(name)
-        if path is not None:
-            return [path]
-    raise CannotCompileError(
-        f"no C++ compiler is installed (looked for {', '.join(names)}); "
-        f"pip install {_WHEEL} brings one"
-    )
+    if os.environ.get("CXX"):
+        names, found = [os.environ["CXX"]], []
+    else:
+        names, found = [_WHEEL, *_COMPILERS], [[sys.executable, "-m", _WHEEL, "c++"]]
+        wheel = importlib.util.find_spec(_WHEEL)
+        if wheel is None or wheel.origin is None:  # without an origin it is a folder of that name
+            found = []
+    found += [[path] for name in names if name != _WHEEL and (path := shutil.which(name))]
+    if not found:
+        raise CannotCompileError(
+            f"no C++ compiler is installed (looked for {', '.join(names)}); "
+            f"pip install {_WHEEL} brings one"
+        )
+    return found
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
     if _WHEEL in compiler:
         told = f"compiling {source.name}, once for this machine; takes about a minute"
         sys.stderr.write(told + "\n")
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=library.parent, prefix=".", ignore_cleanup_errors=True
+    ) as folder:
         made, complaint = Path(folder, library.name), ""
         for machine in _MACHINE_FLAGS:
             done = _run([*compiler, *_FLAGS, machine, "-o", str(made), str(source)], Path(folder))

@@ -6,7 +6,6 @@ in one copy, and nothing waits for the device. It has not been run on a GPU yet.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,9 @@ from dino_kd.data.device_numbers import Numbers, Place
 from dino_kd.data.device_resize import padded_images, resized_crops
 from dino_kd.data.multicrop import BatchParams, CropPolicy, Crops
 
-# Pixels of padded images and of their crops that are worked on together: enough to keep a device
-# busy, few enough for its memory (1.3 GB on a CPU), however large the batch.
-_TOGETHER = 2**25
+# Numbers of the largest tensors that are worked on together: enough to keep a device busy, few
+# enough for its memory (1.5 GB on a CPU, however large the batch). One image is never divided.
+_TOGETHER = 2**27
 
 
 class DeviceRenderer:
@@ -84,7 +83,7 @@ def rendered(
     sizes = numbers.add(batch.sizes)
     groups = [
         _Group.of(params, batch.sizes, rows, numbers)
-        for rows in similar_images(batch.sizes, _crop_pixels(policy))
+        for rows in similar_images(batch.sizes, policy)
     ]
     numbers.send(device)
     pixels = batch.pixels.to(device, non_blocking=True)
@@ -107,12 +106,12 @@ def rendered(
     return Crops(*made)
 
 
-def similar_images(sizes: np.ndarray, crop_pixels: int) -> list[np.ndarray]:
+def similar_images(sizes: np.ndarray, policy: CropPolicy) -> list[np.ndarray]:
     """Groups of images that are padded to one size and worked on together.
 
     Args:
         sizes: int64 [B, 2], heights and widths.
-        crop_pixels: of all crops of an image.
+        policy: what is made of them.
 
     Returns:
         The rows of each group, small images first, so that a large one widens few others.
@@ -122,7 +121,7 @@ def similar_images(sizes: np.ndarray, crop_pixels: int) -> list[np.ndarray]:
     for place, (next_height, next_width) in enumerate(sizes[order].tolist()):
         height, width = max(height, next_height), max(width, next_width)
         count = place + 1 - begins[-1]
-        if count > 1 and count * (height * width + crop_pixels) > _TOGETHER:
+        if count > 1 and count * _numbers(height, width, policy) > _TOGETHER:
             begins.append(place)
             height, width = next_height, next_width
     return np.split(order, begins[1:])
@@ -137,8 +136,13 @@ def _kinds(policy: CropPolicy) -> tuple[tuple[range, tuple[int, int]], ...]:
     )
 
 
-def _crop_pixels(policy: CropPolicy) -> int:
-    return sum(len(columns) * math.prod(size) for columns, size in _kinds(policy))
+def _numbers(height: int, width: int, policy: CropPolicy) -> int:
+    """How many an image needs: pixels, narrowed lines, filter weights, crops."""
+    crops = sum(
+        len(columns) * (3 * height * w + w * width + h * height + 3 * h * w)
+        for columns, (h, w) in _kinds(policy)
+    )
+    return 3 * height * width + crops
 
 
 @dataclass(frozen=True)

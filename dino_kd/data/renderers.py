@@ -106,6 +106,15 @@ class RgbRenderer:
         (self.rgb if is_rgb else self.other).render(images, params, globals_out, locals_out, slots)
 
 
+def describe_renderer(renderer: Renderer) -> str:
+    """Its name and, for pixels that depend on it, its device: "native", "device NVIDIA H200"."""
+    if not isinstance(renderer, DeviceRenderer):
+        return renderer.name
+    device = renderer.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{renderer.name} {kind}"
+
+
 def make_renderer(
     name: str = "auto",
     note: Callable[[str], None] | None = None,
@@ -130,6 +139,11 @@ def make_renderer(
     if name == "pillow":
         return PillowRenderer()
     if name == "device":
+        if torch.device(device).type == "mps":
+            raise ConfigError(
+                "data.renderer=device does not work on MPS, which has no float64; use "
+                "data.renderer=auto"
+            )
         return DeviceRenderer(device, compiled=compiled)
     if name != "torch":
         try:

@@ -391,8 +391,8 @@ class TeacherCache:
         if differing:
             self.warn(
                 f"cache: up to {differing:,} batches of a process are not the ones whose answers "
-                f"are kept (an image was replaced, or Pillow has another version), so the teacher "
-                f"answered them itself; delete {self.entry} to keep the new ones"
+                f"are kept (an image was replaced, or Pillow or a driver has another version), so "
+                f"the teacher answered them itself; delete {self.entry} to keep the new ones"
             )
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from dino_kd.data.loader import EvalTransform, image_batches
 from dino_kd.data.mixing import Views
 from dino_kd.data.packed import packed
-from dino_kd.data.renderers import Renderer, make_renderer
+from dino_kd.data.renderers import Renderer, describe_renderer, make_renderer
 from dino_kd.distill.cache import TeacherCache, teacher_folder
 from dino_kd.distill.images import TrainingImages, open_images, view_batches, view_policies
 from dino_kd.distill.teachers import match_classes, number_of_logits, open_teacher, randomise
@@ -374,7 +374,7 @@ def open_cache(lesson: Lesson) -> TeacherCache | None:
     identity = {
         "images": on_main(train.fingerprint),
         "views": repr(view_policies(settings, size)),
-        "renderer": lesson.renderer.name,  # answers belong to exact pixels
+        "renderer": describe_renderer(lesson.renderer),  # answers belong to exact pixels
         "seed": settings.seed,
         "batch_size": settings.optim.batch_size,
     }

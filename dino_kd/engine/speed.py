@@ -51,8 +51,10 @@ def peak_of(device: torch.device, precision: str) -> Peak:
             if known in name:
                 return Peak(tera * 1e12, f"data sheet of {known}, dense bf16")
     size = 8192 if device.type == "cuda" else 2048
-    flops = measured_peak(device, DTYPES[precision], size)
-    return Peak(flops, f"measured here: product of two {size} x {size} matrices in {precision}")
+    dtype = DTYPES[precision]
+    flops = measured_peak(device, dtype, size)
+    kind = str(dtype).removeprefix("torch.")
+    return Peak(flops, f"measured here: product of two {size} x {size} matrices in {kind}")
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_kd.products import LINEAR
+
 _NETWORKS = {VisionTransformer: 1, VisionTransformerDistilled: 2}  # rows that the output reads
 # A version of timm that has more parts than these computes something that is not known here.
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -43,7 +45,7 @@ def fits(net: nn.Module) -> bool:
         return False
     if type(block.attn) is not Attention or not _has_parts(block.attn, _ATTENTION):
         return False
-    if type(block.mlp) not in (Mlp, GluMlp, SwiGLU) or type(block.attn.qkv) is not nn.Linear:
+    if type(block.mlp) not in (Mlp, GluMlp, SwiGLU) or type(block.attn.qkv) not in LINEAR:
         return False
     passed = [net, net.blocks, net.norm, *block.modules()]
     return not any(is_watched(module) or _mixes_rows(module) for module in passed)  # type: ignore[arg-type]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dino_kd import products
 from dino_kd.models.backbone import Backbone
+from dino_kd.products import LINEAR
 
 
 def choose_kernels(network: nn.Module, device_type: str, dtype: torch.dtype) -> None:
@@ -26,28 +26,20 @@ def choose_kernels(network: nn.Module, device_type: str, dtype: torch.dtype) -> 
         if isinstance(module, Backbone):
             for name in module.fusable:
                 module.net.get_submodule(name).fused_attn = not is_plain  # type: ignore[assignment]
-        elif type(module) is nn.Linear:
-            module.__dict__.pop("forward", None)
-            if by_onednn:
-                module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+        elif type(module) in LINEAR:
+            module.__class__ = products.Linear if by_onednn else nn.Linear
 
 
 @contextlib.contextmanager
 def kernels_for(network: nn.Module, device_type: str, dtype: torch.dtype) -> Iterator[None]:
     """`choose_kernels` for a while; what was chosen before comes back."""
     fused = [(m, m.fused_attn) for m in network.modules() if hasattr(m, "fused_attn")]
-    linear = [(m, m.__dict__.get("forward")) for m in network.modules() if type(m) is nn.Linear]
+    linear = [(m, type(m)) for m in network.modules() if type(m) in LINEAR]
     choose_kernels(network, device_type, dtype)
     try:
         yield
     finally:
         for module, was_fused in fused:
             module.fused_attn = was_fused  # type: ignore[assignment]
-        for module, forward in linear:
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return products.linear(x, layer.weight, layer.bias)
+        for module, kind in linear:
+            module.__class__ = kind

@@ -33,8 +33,7 @@ def check_low_weights(backbone: Backbone, *, checkpointing: bool, sharded: bool)
     name, advice = "optim.precision: bf16-params", "use optim.precision=bf16"
     if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         raise ConfigError(
-            f"{name} is for vision transformers; {backbone.name} has batch norms, whose statistics "
-            f"need float32; {advice}"
+            f"{name}: {backbone.name} has batch norms, whose statistics need float32; {advice}"
         )
     if checkpointing:
         raise ConfigError(
@@ -43,3 +42,12 @@ def check_low_weights(backbone: Backbone, *, checkpointing: bool, sharded: bool)
         )
     if sharded:
         raise ConfigError(f"{name}: optim.shard casts in its own way; {advice}")
+    device = next(backbone.parameters()).device
+    black = torch.zeros(2, backbone.in_chans, *backbone.img_size, device=device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with_low_weights(backbone, [black], torch.bfloat16)
+    except RuntimeError:  # float32 tables, which are no weights, enter its arithmetic
+        raise ConfigError(
+            f"{name}: {backbone.name} cannot be computed in bf16 throughout; {advice}"
+        ) from None

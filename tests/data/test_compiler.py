@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dino_kd.data import compiler
-from dino_kd.data.compiler import CannotCompileError, compiled, find_compiler
+from dino_kd.data.compiler import CannotCompileError, compiled, compilers
 from dino_kd.data.native import NativeRenderer
 
 
@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source that compiles in no time, in place of the shipped ones."""
     try:
-        find_compiler()
+        compilers()
     except CannotCompileError as error:
         pytest.skip(str(error))
     source = tmp_path / "small.cpp"
@@ -115,9 +115,32 @@ def test_the_compiler_of_the_wheel_comes_first(
 
 
 def test_cxx_comes_before_the_wheel(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    assert compilers()[0] == [sys.executable, "-m", "ziglang", "c++"]
     monkeypatch.setenv("CXX", "c++")
-    assert find_compiler() == [shutil.which("c++")]
+    assert compilers() == [[shutil.which("c++")]]
+
+
+def test_a_wheel_that_does_not_work_gives_way(
+    small: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    main = tmp_path / "site/ziglang/__main__.py"
+    main.write_text("raise SystemExit('no such processor')\n")
+    assert ctypes.CDLL(str(compiled("small.cpp"))).answer() == 42
+    compiled.cache_clear()
+    small.write_text("int main( {\n")
+    with pytest.raises(CannotCompileError, match="ziglang c\\+\\+ failed: no such processor"):
+        compiled("small.cpp")
+
+
+def test_a_folder_of_the_wheels_name_is_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ziglang").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CannotCompileError, match="no C"):
+        compilers()
 
 
 @pytest.mark.slow

@@ -129,8 +129,8 @@ def test_a_batch_in_pieces_is_the_batch_as_a_whole(monkeypatch: pytest.MonkeyPat
         ]
         for part, ours in zip(parts, whole.chunk(pieces), strict=True):
             assert_equal(part, ours)
-    monkeypatch.setattr(device_crops, "_TOGETHER", 2500)
-    assert len(similar_images(np.array(MIXED), 100)) > 3
+    monkeypatch.setattr(device_crops, "_TOGETHER", 40_000)
+    assert len(similar_images(np.array(MIXED), LITTLE)) > 3
     assert_equal(rendered(decoded(MIXED, LITTLE), CPU), whole)
 
 
@@ -156,7 +156,7 @@ def test_sums_are_exact_whatever_their_order() -> None:
 
 def test_groups_hold_every_image_once_and_keep_large_ones_apart() -> None:
     sizes = np.array([(300, 400), (4000, 3000), (400, 300), (8000, 9000), (500, 500)])
-    groups = similar_images(sizes, 200_000)
+    groups = similar_images(sizes, CropPolicy())
     assert sorted(row for rows in groups for row in rows.tolist()) == list(range(5))
     assert [rows.tolist() for rows in groups] == [[0, 2, 4], [1], [3]]
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dino_kd.data import renderers
-from dino_kd.data.compiler import CannotCompileError, find_compiler
+from dino_kd.data.compiler import CannotCompileError, compilers
 from dino_kd.data.multicrop import (
     JITTER_ORDERS,
     BatchParams,
@@ -102,7 +102,7 @@ def agreement(renderer: Renderer, images: list[np.ndarray], params: BatchParams)
 def fast(request: pytest.FixtureRequest) -> Renderer:
     if request.param == "native":
         try:
-            find_compiler()
+            compilers()
         except CannotCompileError as error:
             pytest.skip(str(error))
     return make_renderer(request.param)
