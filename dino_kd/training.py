@@ -35,6 +35,7 @@ from dino_kd.models.checkpointing import checkpoint_activations
 from dino_kd.models.compiled_blocks import compile_blocks
 from dino_kd.models.kernels import choose_kernels
 from dino_kd.models.low_weights import check_low_weights
+from dino_kd.models.packed_crops import check_packing
 from dino_kd.presets import Plan, loader_processes, make_plan, resolve_auto
 from dino_kd.pretrained import backbone_from_settings, head_from_settings
 from dino_kd.rundir import check_readable, refuse_run_inside, with_absolute_path
@@ -199,7 +200,7 @@ def place(task: DinoTask, settings: PretrainConfig, device: torch.device) -> Who
 def prepare_networks(
     task: DinoTask, settings: PretrainConfig, precision: str, compiles: bool
 ) -> None:
-    """How the networks compute, not what: kernels, checkpointing, compilation; in place.
+    """How the networks compute, not what: kernels, checkpointing, packing, compilation; in place.
 
     Raises:
         ConfigError: the network cannot do what the settings ask for.
@@ -207,6 +208,10 @@ def prepare_networks(
     checkpointing, sharded = settings.model.checkpoint_activations, settings.optim.shard
     if precision == "bf16-params":
         check_low_weights(task.student.backbone, checkpointing=checkpointing, sharded=sharded)
+    if settings.model.pack_crops:
+        backbone = task.student.backbone
+        check_packing(backbone.net, backbone.name, checkpointing=checkpointing, sharded=sharded)
+        task.student.packs_crops = True
     if checkpointing:
         checkpoint_activations(task.student.backbone)
     for network in (task.student, task.teacher):

@@ -234,6 +234,30 @@ def test_activation_checkpointing_changes_no_result(images, tmp_path, whole):
     assert_close_runs(run, whole)
 
 
+def test_packed_crops_change_no_result_and_may_be_left_out_on_resume(images, tmp_path, monkeypatch):
+    """Stopped after three steps and continued without; with the same stochastic depth."""
+    deep = ["model.args={depth: 3, embed_dim: 32, num_heads: 2}", "model.drop_path=0.3"]
+    usual = pretrain(settings(images, tmp_path / "usual", *deep))
+    interrupt_at(3, monkeypatch)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="received SIGTERM"):
+        pretrain(settings(images, run, *deep, "model.pack_crops=true"))
+    monkeypatch.undo()
+    pretrain(settings(images, run, *deep, "resume=true", "model.pack_crops=false"))
+    assert_close_runs(run, usual)
+    found, expected = ([row["loss"] for row in read_metrics(d)] for d in (run, usual))
+    assert found == pytest.approx(expected, rel=1e-4)
+    packed = pretrain(settings(images, tmp_path / "packed", *deep, "model.pack_crops=true"))
+    assert_close_runs(packed, usual)
+
+
+def test_packed_crops_of_another_network_are_refused_before_anything_is_written(images, tmp_path):
+    cnn = ["model.backbone=resnet10t", "model.patch_size=null", "model.args={}"]
+    with pytest.raises(UserError, match=r"model\.pack_crops: resnet10t is not"):
+        pretrain(settings(images, tmp_path / "run", *cnn, "model.pack_crops=true"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_compilation_on_demand_needs_a_compiler_before_anything_is_written(
     images, tmp_path, monkeypatch
 ):

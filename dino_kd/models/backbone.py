@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dino_kd.errors import ConfigError, UserError, unknown_name
 
 # Both make their networks known to timm.
-from dino_kd.models import cifar_resnet, cls_only, torchvision_networks  # noqa: F401
+from dino_kd.models import cifar_resnet, cls_only, packed_crops, torchvision_networks  # noqa: F401
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -106,13 +106,20 @@ class Backbone(nn.Module):
         pixels = images.to(torch.float32, copy=True)  # float images are not written into
         return pixels.mul_(scale).sub_(offset).contiguous(memory_format=layout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         """Normalised images ``[N, C, H, W]`` to one feature each ``[N, D]``.
+
+        A list of groups, each of its own size, gives the features of all ``[sum N, D]``, together
+        where that can be done (`packed_crops`).
 
         The network's own: the final-norm class token of a ViT (with a distillation token: the mean
         of both), pooled patches of a ViT trained that way, pooled pre-logits of a CNN. Of the last
         block of a plain ViT only the rows that are read are computed (`cls_only`).
         """
+        if isinstance(x, list):
+            if packed_crops.fits(self.net):
+                return packed_crops.class_features(self.net, x)
+            return torch.cat([self(images) for images in x])
         return cls_only.class_feature(self.net, x) if cls_only.fits(self.net) else self.net(x)
 
     def tokens(self, x: Tensor) -> Tokens:

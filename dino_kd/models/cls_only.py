@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -26,29 +26,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.products import LINEAR
 
-_NETWORKS = {VisionTransformer: 1, VisionTransformerDistilled: 2}  # rows that the output reads
+ROWS_READ = {VisionTransformer: 1, VisionTransformerDistilled: 2}  # by the output
 # A version of timm that has more parts than these computes something that is not known here.
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop", "gate"}
 
 
-def fits(net: nn.Module) -> bool:
+def fits(net: Any) -> bool:
     """Whether `class_feature` gives what ``net(x)`` gives, as far as anybody could tell.
 
     True for timm's plain ViT that pools by its class token, with standard blocks. False with
     hooks on what would be passed by, and while dropout draws a number for every token.
     """
-    if type(net) not in _NETWORKS or not _pools_class_token(net):
+    if not reads_class_token(net) or not is_standard(net.blocks[-1]):
         return False
-    block = net.blocks[-1] if len(net.blocks) else None  # type: ignore[arg-type, index]
-    if type(block) is not Block or not _has_parts(block, _BLOCK):
-        return False
-    if type(block.attn) is not Attention or not _has_parts(block.attn, _ATTENTION):
-        return False
-    if type(block.mlp) not in (Mlp, GluMlp, SwiGLU) or type(block.attn.qkv) not in LINEAR:
-        return False
-    passed = [net, net.blocks, net.norm, *block.modules()]
-    return not any(is_watched(module) or _mixes_rows(module) for module in passed)  # type: ignore[arg-type]
+    passed = [net, net.blocks, net.norm, *net.blocks[-1].modules()]
+    return not any(is_watched(module) or mixes_rows(module) for module in passed)
 
 
 def class_feature(net: Any, x: Tensor) -> Tensor:
@@ -56,24 +49,29 @@ def class_feature(net: Any, x: Tensor) -> Tensor:
 
     Stochastic depth draws the same numbers as in ``net(x)``.
     """
-    tokens = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x))))  # [N, T, D]
+    tokens = embed(net, x)  # [N, T, D]
     before = net.blocks[:-1]
     if net.grad_checkpointing and len(before):
         tokens = checkpoint_seq(before, tokens)
     else:
         for block in before:
             tokens = block(tokens)
-    return net.forward_head(net.norm(_first_rows(net.blocks[-1], tokens, _NETWORKS[type(net)])))
+    return net.forward_head(net.norm(_first_rows(net.blocks[-1], tokens, ROWS_READ[type(net)])))
+
+
+def embed(net: Any, x: Tensor) -> Tensor:
+    """What the first block is given for images ``[N, C, H, W]``: ``[N, T, D]``."""
+    return net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x))))
 
 
 def _first_rows(block: Any, x: Tensor, rows: int) -> Tensor:
     """The first `rows` tokens that a block makes of all tokens ``[N, T, D]``: ``[N, rows, D]``."""
-    looked = _attend(block.attn, block.norm1(x), rows)  # [N, rows, D]
+    looked = attend(block.attn, block.norm1(x), rows)  # [N, rows, D]
     first = x[:, :rows] + block.drop_path1(block.ls1(looked))
     return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
 
 
-def _attend(attention: Any, x: Tensor, rows: int) -> Tensor:
+def attend(attention: Any, x: Tensor, rows: int) -> Tensor:
     """The attention output of the first `rows` of ``[N, T, D]``: ``[N, rows, D]``."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for three products
@@ -100,8 +98,22 @@ def _attend(attention: Any, x: Tensor, rows: int) -> Tensor:
     return attention.proj(out)
 
 
-def _pools_class_token(net: Any) -> bool:
+def reads_class_token(net: Any) -> bool:
+    """timm's plain ViT with blocks, which pools by its class token."""
+    if type(net) not in ROWS_READ or not len(net.blocks):
+        return False
     return net.global_pool == "token" and net.attn_pool is None and net.cls_token is not None
+
+
+def is_standard(block: Any) -> bool:
+    """timm's block, of parts that all are known here."""
+    if type(block) is not Block or not _has_parts(block, _BLOCK):
+        return False
+    if type(block.attn) is not Attention or not _has_parts(block.attn, _ATTENTION):
+        return False
+    if not {type(block.drop_path1), type(block.drop_path2)} <= {nn.Identity, DropPath}:
+        return False
+    return type(block.mlp) in (Mlp, GluMlp, SwiGLU) and type(block.attn.qkv) in LINEAR
 
 
 def _has_parts(module: nn.Module, known: set[str]) -> bool:
@@ -118,7 +130,7 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def _mixes_rows(module: nn.Module) -> bool:
+def mixes_rows(module: nn.Module) -> bool:
     """Its result for one token depends on how many there are, or draws numbers for each."""
     draws = isinstance(module, nn.Dropout) and module.training and module.p > 0
     return draws or isinstance(module, _BatchNorm)

@@ -33,6 +33,11 @@ def compile_blocks(net: nn.Module) -> int:
     return len(blocks)
 
 
+def is_compiled(block: nn.Module) -> bool:
+    """Whether `compile_blocks` has been here."""
+    return getattr(block.forward, "func", None) is _forward
+
+
 def _forward(block: Any, x: Tensor, **options: Any) -> Tensor:
     """What ``block(x)`` returns."""
     if options or any(is_watched(module) for module in block.modules()):
@@ -44,9 +49,12 @@ def _forward(block: Any, x: Tensor, **options: Any) -> Tensor:
 
 def _drawn(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     """The factor of stochastic depth for every image ``[N, 1, 1]``; None: it is off."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
-        return None
-    return drop_path(x.new_ones(len(x), 1, 1))
+    return drop_path(x.new_ones(len(x), 1, 1)) if drops(drop_path) else None
+
+
+def drops(drop_path: nn.Module) -> bool:
+    """Whether it is stochastic depth that draws now."""
+    return isinstance(drop_path, DropPath) and drop_path.training and bool(drop_path.drop_prob)
 
 
 @functools.cache
@@ -56,7 +64,17 @@ def _program() -> Program:
 
 def _block(block: Any, x: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
     """timm's block with stochastic depth as given factors."""
-    change = block.ls1(block.attn(block.norm1(x)))  # [N, T, D]
+    return after_attention(block, x, block.attn(block.norm1(x)), first, second)
+
+
+def after_attention(
+    block: Any, x: Tensor, looked: Tensor, first: Tensor | None, second: Tensor | None
+) -> Tensor:
+    """What a block makes of tokens ``[..., D]`` and their attention output ``[..., D]``.
+
+    `first` and `second`: factors of stochastic depth for attention and MLP; None: it is off.
+    """
+    change = block.ls1(looked)  # [..., D]
     x = x + (change if first is None else change * first.to(change.dtype))
     change = block.ls2(block.mlp(block.norm2(x)))
     return x + (change if second is None else change * second.to(change.dtype))

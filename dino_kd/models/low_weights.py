@@ -9,6 +9,8 @@ nothing else. The price is the residual stream, which in bf16 keeps 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -18,14 +20,18 @@ from dino_kd.errors import ConfigError
 from dino_kd.models.backbone import Backbone
 
 
-def with_low_weights(backbone: Backbone, groups: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """``backbone(images)`` in `dtype` for every group of normalised images ``[N, C, H, W]``.
+def with_low_weights(
+    backbone: Backbone, passes: Sequence[Tensor | list[Tensor]], dtype: torch.dtype
+) -> list[Tensor]:
+    """``backbone(images)`` in `dtype` for every one of `passes`.
 
-    The weights are cast once for all groups.
+    Each is what `Backbone.forward` takes: normalised images ``[N, C, H, W]``, or a list of such
+    groups. The weights are cast once for all.
     """
     weights = {name: p.to(dtype) for name, p in backbone.named_parameters()}
-    with torch.autocast(groups[0].device.type, enabled=False):
-        return [functional_call(backbone, weights, (images.to(dtype),)) for images in groups]
+    low = [x.to(dtype) if isinstance(x, Tensor) else [g.to(dtype) for g in x] for x in passes]
+    with torch.autocast(next(iter(weights.values())).device.type, enabled=False):
+        return [functional_call(backbone, weights, (x,)) for x in low]
 
 
 def check_low_weights(backbone: Backbone, *, checkpointing: bool, sharded: bool) -> None:

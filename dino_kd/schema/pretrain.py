@@ -182,6 +182,13 @@ class ModelSettings(Settings):
         "less memory, a slower step, the same result.",
         free=True,
     )
+    pack_crops: bool = setting(
+        False,
+        "Global and local crops go through a plain ViT as one row of tokens, parted only in "
+        "attention: fewer operations to launch, for small batches on a GPU; the same result up to "
+        "rounding. A CPU is slower with it, and it has not been run on a GPU yet.",
+        free=True,
+    )
     args: dict[str, Any] = setting(
         {}, "Further keyword arguments of the timm model, such as depth or embed_dim."
     )

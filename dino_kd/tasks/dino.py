@@ -27,6 +27,8 @@ class Network(nn.Module):
     Attributes:
         low_dtype: compute the backbone in this type throughout (`with_low_weights`); None: as
             autocast says.
+        packs_crops: groups of crops of different sizes go through the backbone together
+            (`models.packed_crops`).
     """
 
     def __init__(self, backbone: Backbone, head: DINOHead) -> None:
@@ -34,14 +36,16 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = head
         self.low_dtype: torch.dtype | None = None
+        self.packs_crops = False
 
     def features(self, groups: list[Tensor]) -> Tensor:
         """Features ``[S, B, D]`` of uint8 crop groups ``[crops, B, C, h, w]``, one size a group."""
         images = [self.backbone.preprocess(crops.flatten(0, 1)) for crops in groups]
+        passes = [images] if self.packs_crops and len(images) > 1 else images
         if self.low_dtype is None:
-            features = [self.backbone(pixels) for pixels in images]  # [crops * B, D] each
+            features = [self.backbone(pixels) for pixels in passes]  # [crops * B, D] each
         else:
-            features = with_low_weights(self.backbone, images, self.low_dtype)
+            features = with_low_weights(self.backbone, passes, self.low_dtype)
         return torch.cat(features).unflatten(0, (-1, groups[0].shape[1]))
 
     def logits(self, features: Tensor, *, frozen: bool = False) -> Tensor:
