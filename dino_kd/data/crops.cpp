@@ -228,7 +228,8 @@ void filter_down(const Axis& axis, int out, int width, const uint8_t* narrow, in
     }
 }
 
-// The box of an image as planes [3, height, width]; as Pillow, first across, then down.
+// The box of an image as planes [3, height, width]; first across, then down, as Pillow before 13, which
+// turns that round for boxes that shrink far more in height than in width.
 void resize(const Image& image, const Crop& crop, int height, int width, bool cubic, Scratch& s,
             uint8_t* to) {
     int stride = padded(width), bytes = 3 * crop.width;

@@ -42,7 +42,7 @@ def resized_crops(
     interpolation: str,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The crops of n images, S of each, as Pillow resizes them: along rows, then along columns.
+    """The crops of n images, S of each, along rows, then along columns, as Pillow before 13.
 
     Args:
         images: uint8 [n, 3, H, W].
