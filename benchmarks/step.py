@@ -1,6 +1,6 @@
 """How much faster and smaller is a default training step than the original's float32 step?
 
-python benchmarks/step.py                   # both sizes, on generated images; about two minutes
+python benchmarks/step.py                   # both sizes, on generated images; about four minutes
 python benchmarks/step.py --size small --batch 64 --rounds 7
 
 The same network, crops and batch. The original's step is written as its paper and code give it:
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, help="images a step; default 16 and 4, memory 64 and 8"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="0: memory and counts only")
+    parser.add_argument("--rounds", type=int, default=5, help="0: memory and counts only")
     parser.add_argument("--peak-of", choices=RIVALS, help=argparse.SUPPRESS)
     parser.add_argument("--steps-of", choices=RIVALS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()

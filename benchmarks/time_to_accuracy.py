@@ -35,6 +35,7 @@ from dino_kd.engine.precision import choose_precision
 from dino_kd.engine.signals import StopFlag
 from dino_kd.features import extract_features
 from dino_kd.models.backbone import Backbone
+from dino_kd.models.kernels import choose_kernels
 from dino_kd.presets import fit_options
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
@@ -178,8 +179,9 @@ def costs(sides: dict[str, Training], images: int, rounds: int = 3) -> dict[str,
 
 
 def make_plain(task: DinoTask) -> None:
-    """Undo what the library does for speed alone: images in torch's default memory layout."""
+    """Undo what the library does for speed alone: memory layout, attention, linear layers."""
     for network in (task.student, task.teacher):
+        choose_kernels(network, "cpu", torch.bfloat16)  # softmax(q k) v, and torch's own products
         network.backbone.preprocess = functools.partial(normalise, network.backbone)  # type: ignore[method-assign]
 
 

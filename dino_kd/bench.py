@@ -37,10 +37,10 @@ from dino_kd.distributed import (
 )
 from dino_kd.engine.loop import Progress, Silence, fit
 from dino_kd.engine.signals import StopFlag
-from dino_kd.engine.speed import Setup, Speed, bottleneck, count_flops, peak_of
+from dino_kd.engine.speed import Setup, Speed, bottleneck, count_flops, peak_of, show_rate
 from dino_kd.errors import Interrupted
 from dino_kd.files import write_json
-from dino_kd.presets import fit_options, loader_processes, loading_advice
+from dino_kd.presets import fit_options, loader_processes
 from dino_kd.schema import BenchConfig, MeasureSettings
 from dino_kd.training import Training, prepare
 
@@ -93,7 +93,7 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         waiting=both.waiting,
         mfu=flops * alone.images_per_s / settings.optim.batch_size / peak.flops,
     )
-    kind, sentence = bottleneck(speed, Setup(device, precision, loading_advice(settings)))
+    kind, sentence = bottleneck(speed, Setup(device, precision, timed.options.loading_advice))
     return {
         "images_per_s": {"loader": loader, "step": speed.step, "together": speed.together},
         "waiting": speed.waiting,
@@ -108,6 +108,7 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         "precision": precision,
         "threads": torch.get_num_threads(),
         "num_workers": timed.num_workers,
+        "renderer": timed.training.renderer.name,
         "torch": torch.__version__,
         "settings": settings.model_dump(mode="json", exclude={"run_dir", "resume"}),
     }
@@ -136,7 +137,9 @@ class Timed:
     def __post_init__(self) -> None:
         training = self.training
         self.device = training.device
-        self.options = fit_options(training.settings, training.plan, self.device)
+        self.options = fit_options(
+            training.settings, training.plan, self.device, training.renderer.name
+        )
         self.optimizer = training.optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.options.precision == "fp16"
@@ -267,9 +270,9 @@ def table(numbers: dict[str, Any]) -> str:
     """The numbers for the console."""
     speed, peak = numbers["images_per_s"], numbers["peak"]
     rows = [
-        ("loader alone", f"{speed['loader']:,.4g} images/s"),
-        ("step alone", f"{speed['step']:,.4g} images/s"),
-        ("together", f"{speed['together']:,.4g} images/s"),
+        ("loader alone", f"{show_rate(speed['loader'])} images/s (crops by {numbers['renderer']})"),
+        ("step alone", f"{show_rate(speed['step'])} images/s"),
+        ("together", f"{show_rate(speed['together'])} images/s"),
         ("waiting for images", f"{100 * numbers['waiting']:.1f} % of the time"),
         ("peak memory", f"{numbers['peak_memory_bytes'] / 2**30:.2f} GiB"),
         (

@@ -89,9 +89,15 @@ def make_span(
 
 
 def fit_options(
-    settings: PretrainConfig | FinetuneConfig | DistillConfig, span: Span, device: torch.device
+    settings: PretrainConfig | FinetuneConfig | DistillConfig,
+    span: Span,
+    device: torch.device,
+    renderer: str = "",
 ) -> FitOptions:
-    """What the loop is told about a run; `settings` with their arithmetic chosen."""
+    """What the loop is told about a run; `settings` with their arithmetic chosen.
+
+    `renderer`: what makes its crops, by name.
+    """
     optim, log = settings.optim, settings.log
     return FitOptions(
         total_steps=span.total_steps,
@@ -104,7 +110,7 @@ def fit_options(
         seed=settings.seed,
         log_every=log.log_every,
         save_every=max(1, span.steps(log.save_every)),
-        loading_advice=loading_advice(settings),
+        loading_advice=loading_advice(settings, renderer, device.type),
     )
 
 
@@ -201,7 +207,7 @@ def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
     seen = plan.total_steps * settings.optim.batch_size
     if horizon > seen / 2:
         warnings.append(
-            f"the teacher averages over {horizon:,.0f} images but the run sees only {seen:,}; it "
+            f"the teacher averages over {horizon:,.0f} images and the run sees {seen:,}; it "
             "will hardly leave its random start. Train longer (optim.length)"
         )
     if settings.teacher.temp > 0.075:
@@ -212,8 +218,15 @@ def warn_about(settings: PretrainConfig, plan: Plan) -> list[str]:
     return warnings
 
 
-def loading_advice(settings: PretrainConfig | FinetuneConfig | DistillConfig) -> str:
-    """What to change when training waits for its images, the cheapest first."""
+def loading_advice(
+    settings: PretrainConfig | FinetuneConfig | DistillConfig,
+    renderer: str = "",
+    device_type: str = "",
+) -> str:
+    """What to change when training waits for its images, the cheapest first.
+
+    `renderer` is the name of the one in use, and `device_type` says where training runs.
+    """
     own = settings if isinstance(settings, FinetuneConfig) else settings.data
     section = "" if isinstance(settings, FinetuneConfig) else "data."
     workers = loader_processes(own.num_workers, processes_here())
@@ -221,14 +234,27 @@ def loading_advice(settings: PretrainConfig | FinetuneConfig | DistillConfig) ->
     tips = []
     if workers < most:
         tips.append(f"raise {section}num_workers from {workers} to {most}")
-    if not isinstance(settings, FinetuneConfig) and settings.data.renderer in ("torch", "pillow"):
-        tips.append(f"set data.renderer=native, several times as fast as {settings.data.renderer}")
+    if not isinstance(settings, FinetuneConfig):
+        tips += _renderer_advice(settings.data.renderer, renderer, device_type)
     if not isinstance(settings, FinetuneConfig) and settings.data.pack == "off":
         tips.append("set data.pack=auto, which pays for images up to 64 px and on network disks")
     if isinstance(settings, PretrainConfig):
         tips.append("make fewer or smaller crops (crops.num_local_crops, crops.global_size)")
     tips.append("store the images at a smaller size, or use a machine with more cores")
     return "; ".join(tips)
+
+
+def _renderer_advice(wanted: str, used: str, device_type: str) -> list[str]:
+    if wanted == "device" and device_type == "cpu":
+        return ["set data.renderer=auto, many times as fast as device on a CPU"]
+    if wanted in ("torch", "pillow"):
+        return [f"set data.renderer=native, several times as fast as {wanted}"]
+    if used == "torch":
+        return [
+            "install a C++ compiler (pip install ziglang brings one), which makes crops several "
+            "times as fast"
+        ]
+    return []
 
 
 def loader_processes(num_workers: int | str, processes_per_machine: int) -> int:

@@ -145,7 +145,7 @@ def pretrain(settings: PretrainConfig) -> Path:
             (batch.crops for batch in watched(batches, broken, run_dir, progress.step)),
             optimizer,
             training.schedules(),
-            fit_options(settings, plan, device),
+            fit_options(settings, plan, device, training.renderer.name),
             progress=progress,
             scaler=scaler,
             log=log,

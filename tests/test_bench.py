@@ -85,9 +85,9 @@ def test_a_slow_loader_is_found(images):
 
 def test_free_cores_are_named_before_anything_else(images, monkeypatch):
     monkeypatch.setattr(presets, "loader_processes", lambda wanted, _: 7 if wanted == "auto" else 0)
-    assert story.loading_advice(settings(images)).startswith("raise data.num_workers from 0 to 7")
+    assert presets.loading_advice(settings(images)).startswith("raise data.num_workers from 0 to 7")
     every = settings(images, "data.num_workers=auto")
-    assert "num_workers" not in story.loading_advice(every)
+    assert "num_workers" not in presets.loading_advice(every)
 
 
 @pytest.mark.usefixtures("quick_peak", "slow_step")

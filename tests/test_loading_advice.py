@@ -40,3 +40,25 @@ def test_other_runs_name_their_own_settings() -> None:
     )
     assert "data.num_workers" in loading_advice(distilled)
     assert "crops" not in loading_advice(distilled)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "used", "device", "words"),
+    [
+        ("auto", "torch", "cpu", "install a C++ compiler"),
+        ("auto", "torch", "cuda", "install a C++ compiler"),
+        ("torch", "torch", "cpu", "set data.renderer=native, several times as fast as torch"),
+        ("device", "device", "cpu", "set data.renderer=auto, many times as fast as device"),
+    ],
+)
+def test_the_renderer_in_use_decides(wanted: str, used: str, device: str, words: str) -> None:
+    settings = PretrainConfig(data={"train": "x", "renderer": wanted}, run_dir="r")
+    assert loading_advice(settings, used, device).startswith(words)
+
+
+@pytest.mark.parametrize(("wanted", "used"), [("auto", "native"), ("device", "device")])
+def test_nothing_is_said_of_a_renderer_that_suits(wanted: str, used: str) -> None:
+    settings = PretrainConfig(data={"train": "x", "renderer": wanted}, run_dir="r")
+    told = loading_advice(settings, used, "cuda")
+    assert "renderer" not in told
+    assert "compiler" not in told

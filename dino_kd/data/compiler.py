@@ -7,19 +7,28 @@ one along: clang inside `ziglang`, the extra `compiler`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dino_kd.cache_entries import cache_folder
 from dino_kd.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there each process compiles for itself
+    fcntl = None  # type: ignore[assignment]
 
 _COMPILERS = ("g++", "clang++", "c++")
 _WHEEL = "ziglang"
@@ -41,8 +50,7 @@ def compiled(name: str) -> Path:
     """The shared library made of the source file `name` in this folder.
 
     Made when this source, compiler and processor have not met before. A compiler that fails gives
-    way to the next. Several processes may ask at
-    once: each compiles into a file of its own and then renames it, which replaces it in one go.
+    way to the next. Of several processes that ask at once, one compiles and the others wait.
 
     Raises:
         CannotCompileError: no compiler, all fail (the first complaint), or the cache cannot be
@@ -66,7 +74,9 @@ def _compiled_by(compiler: list[str], source: Path) -> Path:
         library = folder / f"{source.stem}-{key}.so"
         if not library.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, source, library)
+            with _one_at_a_time(folder):
+                if not library.is_file():
+                    _compile(compiler, source, library)
     except (OSError, ConfigError) as error:
         raise CannotCompileError(f"its folder in the cache cannot be used ({error})") from None
     return library
@@ -80,20 +90,34 @@ def compilers() -> list[list[str]]:
 
     Raises CannotCompileError when there is none.
     """
-    if os.environ.get("CXX"):
-        names, found = [os.environ["CXX"]], []
-    else:
-        names, found = [_WHEEL, *_COMPILERS], [[sys.executable, "-m", _WHEEL, "c++"]]
-        wheel = importlib.util.find_spec(_WHEEL)
-        if wheel is None or wheel.origin is None:  # without an origin it is a folder of that name
-            found = []
-    found += [[path] for name in names if name != _WHEEL and (path := shutil.which(name))]
+    wanted = shlex.split(os.environ.get("CXX", ""))  # "ccache g++" is usual
+    if wanted:
+        path = shutil.which(wanted[0])
+        if path is None:
+            raise CannotCompileError(
+                f"the environment variable CXX names {wanted[0]}, which is not installed; correct "
+                "or unset it"
+            )
+        return [[path, *wanted[1:]]]
+    wheel = importlib.util.find_spec(_WHEEL)  # without an origin it is a folder of that name
+    found = [[sys.executable, "-m", _WHEEL, "c++"]] if wheel and wheel.origin else []
+    found += [[path] for name in _COMPILERS if (path := shutil.which(name))]
     if not found:
         raise CannotCompileError(
-            f"no C++ compiler is installed (looked for {', '.join(names)}); "
+            f"no C++ compiler is installed (looked for {', '.join([_WHEEL, *_COMPILERS])}); "
             f"pip install {_WHEEL} brings one"
         )
     return found
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes of a job wait for the first one's library, where files can be locked."""
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
@@ -115,6 +139,9 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
 
 
 def _version(compiler: list[str]) -> str:
+    if _WHEEL in compiler:  # it need not be started for that, which leaves files behind
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{compiler} {importlib.metadata.version(_WHEEL)}"
     return " ".join(compiler) + _run([*compiler, "--version"]).stdout
 
 

@@ -127,7 +127,7 @@ def make_renderer(
     Args:
         name: One of `RENDERERS`; auto: native where it compiles (seconds, the first time on a
             machine), else torch; never device, whose speed nobody has measured on a GPU.
-        note: Is told, in a sentence, why auto did not come to native.
+        note: Is told, in a sentence, why auto did not come to native, or device will be slow.
         device: Where the renderer called device renders.
         compiled: Whether it fuses colour changes by torch.compile.
 
@@ -144,6 +144,8 @@ def make_renderer(
                 "data.renderer=device does not work on MPS, which has no float64; use "
                 "data.renderer=auto"
             )
+        if note is not None and torch.device(device).type == "cpu":
+            note("data.renderer=device is meant for GPUs; on a CPU auto is many times as fast")
         return DeviceRenderer(device, compiled=compiled)
     if name != "torch":
         try:

@@ -351,7 +351,7 @@ def train(lesson: Lesson, continued: bool, stop: StopFlag, cleanup: ExitStack) -
         batches,
         optimizer,
         make_schedules(lesson),
-        fit_options(settings, span, lesson.device),
+        fit_options(settings, span, lesson.device, lesson.renderer.name),
         progress=progress,
         scaler=scaler,
         log=log,

@@ -128,13 +128,21 @@ class Setup:
     loading_advice: str
 
 
+def show_rate(rate: float) -> str:
+    """Images per second for people: 9.87, 123.4, 21,170."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
+
+
 def bottleneck(speed: Speed, setup: Setup) -> tuple[str, str]:
     """("loader", "step" or "cores", one sentence that says why and what to change).
 
     Loader or step: whichever is slower alone. Cores: alone the loader would be fast enough, but
     beside the step it is not, since both compute on the same cores.
     """
-    numbers = f"alone the loader makes {speed.loader:,.4g} images/s and the step {speed.step:,.4g}"
+    numbers = (
+        f"alone the loader makes {show_rate(speed.loader)} images/s and the step "
+        f"{show_rate(speed.step)}"
+    )
     waiting = f"the step waits {100 * speed.waiting:.0f} % of the time"
     if speed.loader < speed.step:
         return "loader", (
@@ -143,10 +151,10 @@ def bottleneck(speed: Speed, setup: Setup) -> tuple[str, str]:
     if speed.waiting > _WAITS:
         return "cores", (
             f"Loader and step take cores from each other: {numbers}, but together "
-            f"{speed.together:,.4g}, and {waiting}; {setup.loading_advice}."
+            f"{show_rate(speed.together)}, and {waiting}; {setup.loading_advice}."
         )
     return "step", (
-        f"The step is the bottleneck: {numbers} ({speed.together:,.4g} together); "
+        f"The step is the bottleneck: {numbers} ({show_rate(speed.together)} together); "
         f"{_step_advice(speed, setup)}."
     )
 

@@ -32,7 +32,7 @@ def check_packing(net: nn.Module, name: str, *, checkpointing: bool, sharded: bo
     if checkpointing:
         raise ConfigError(
             f"{setting}: model.checkpoint_activations computes whole blocks again, not their "
-            f"parts; set it to false, or {advice}"
+            f"parts; set model.checkpoint_activations=false, or {advice}"
         )
     obstacle = _obstacle(net)
     if obstacle:
