@@ -90,7 +90,10 @@ def compilers() -> list[list[str]]:
 
     Raises CannotCompileError when there is none.
     """
-    wanted = shlex.split(os.environ.get("CXX", ""))  # "ccache g++" is usual
+    try:
+        wanted = shlex.split(os.environ.get("CXX", ""))  # "ccache g++" is usual
+    except ValueError as error:
+        raise CannotCompileError(f"the environment variable CXX cannot be read: {error}") from None
     if wanted:
         path = shutil.which(wanted[0])
         if path is None:
@@ -141,7 +144,7 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
 def _version(compiler: list[str]) -> str:
     if _WHEEL in compiler:  # it need not be started for that, which leaves files behind
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{compiler} {importlib.metadata.version(_WHEEL)}"
+            return f"{_WHEEL} {importlib.metadata.version(_WHEEL)}"
     return " ".join(compiler) + _run([*compiler, "--version"]).stdout
 
 

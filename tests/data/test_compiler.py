@@ -123,6 +123,9 @@ def test_cxx_comes_before_the_wheel(wheel: Path, monkeypatch: pytest.MonkeyPatch
     assert compilers()[0] == [sys.executable, "-m", "ziglang", "c++"]
     monkeypatch.setenv("CXX", "c++")
     assert compilers() == [[shutil.which("c++")]]
+    monkeypatch.setenv("CXX", "'c++")
+    with pytest.raises(CannotCompileError, match="CXX cannot be read"):
+        compilers()
     monkeypatch.setenv("CXX", "c++ -pipe")
     assert compilers() == [[shutil.which("c++"), "-pipe"]]
 
