@@ -16,8 +16,19 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bf16 dot products (AVX512-BF16 or AMX); read from /proc/cpuinfo."""
+    """Whether this CPU has bf16 dot products (AVX512-BF16 or AMX); False where nobody tells."""
+    about = _cpuinfo()
+    return "avx512_bf16" in about or "amx_bf16" in about
+
+
+def cpu_is_intel() -> bool:
+    """Whether Intel made this CPU; True where nobody tells."""
+    about = _cpuinfo()
+    return not about or "GenuineIntel" in about
+
+
+def _cpuinfo() -> str:
+    """What Linux tells about the processor; "" elsewhere."""
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return ""

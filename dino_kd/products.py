@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from dino_kd.hardware import cpu_is_intel
 
 OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # some builds lack it
 _SMALLEST = 2**18  # multiplications from which the longer way through Python is worth it
@@ -28,7 +29,7 @@ def by_onednn() -> bool:
 
     It follows from processor and torch alone, so that a resumed run rounds as the first one did.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _is_intel():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or cpu_is_intel():
         return False
     if OPERATOR is None or not torch.backends.mkl.is_available():
         return False
@@ -102,9 +103,3 @@ class _Linear(torch.autograd.Function):
             _multiply(rows.T, x.reshape(len(rows), -1).T, None) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
-
-
-def _is_intel() -> bool:
-    with contextlib.suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    return True  # not Linux: unknown, so as torch does it

@@ -106,14 +106,14 @@ def test_it_is_chosen_where_it_is_faster_and_works(
     if products.OPERATOR is None or not torch.backends.mkl.is_available():
         pytest.skip("this torch has no oneDNN, or no MKL")
     monkeypatch.setattr(products, "_multiply", multiply)
-    monkeypatch.setattr(products, "_is_intel", lambda: False)
+    monkeypatch.setattr(products, "cpu_is_intel", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     decide = products.by_onednn.__wrapped__
     assert decide() == works
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not decide()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(products, "_is_intel", lambda: True)
+    monkeypatch.setattr(products, "cpu_is_intel", lambda: True)
     assert not decide()
 
 

@@ -68,7 +68,7 @@ def hue(steps: Tensor, crops: Tensor) -> None:
     for band, centre, is_red in ((red, 3, True), (green, 2, False), (blue, 4, False)):
         tent = (sector - centre).abs_()
         tent = tent.neg_().add_(2) if is_red else tent.sub_(1)
-        band.copy_(tent.clamp_(0, 1).mul_(drop).neg_().add_(most))
+        band.copy_(most).sub_(tent.clamp_(0, 1).mul_(drop))
     crops.add_(0.5).floor_()
 
 

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from dino_kd.engine.compilation import compiler_works
 from dino_kd.models import compiled_blocks
@@ -33,14 +32,9 @@ def step(backbone, x):
 
 
 @pytest.fixture
-def eager(monkeypatch):
+def eager(compiled_eagerly):
     """The program without a compiler: what is done around it is the same."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    program = torch.compile(compiled_blocks._block, dynamic=False, backend=counter)
-    monkeypatch.setattr(compiled_blocks, "_program", lambda: program)
-    yield counter
-    torch._dynamo.reset()
+    return compiled_eagerly(compiled_blocks)
 
 
 def test_features_and_gradients_stay_and_blocks_share_one_program(eager):

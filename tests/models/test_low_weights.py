@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from dino_kd.data.multicrop import Crops
 from dino_kd.engine.loop import FitOptions, Progress, Silence, fit
@@ -126,11 +125,8 @@ def test_a_training_follows_the_one_in_float32():
     assert {v.dtype for v in task.state_dict().values() if v.is_floating_point()} == {torch.float32}
 
 
-def test_compiled_blocks_take_new_weights_without_compiling_again(monkeypatch):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    program = torch.compile(compiled_blocks._block, dynamic=False, backend=counter)
-    monkeypatch.setattr(compiled_blocks, "_program", lambda: program)
+def test_compiled_blocks_take_new_weights_without_compiling_again(compiled_eagerly):
+    counter = compiled_eagerly(compiled_blocks)
     backbone = build()
     compile_blocks(backbone.net)
     x = [torch.randn(2, 3, 32, 32)]
@@ -142,7 +138,6 @@ def test_compiled_blocks_take_new_weights_without_compiling_again(monkeypatch):
             for parameter in backbone.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
         programs.append(counter.frame_count)
-    torch._dynamo.reset()
     assert programs[0] == programs[-1] == 1
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from timm.layers import DropPath, GluMlp, SwiGLU
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_kd.distributed import process_group
@@ -170,14 +169,9 @@ def test_the_blocks_see_one_row_of_tokens_and_the_last_one_a_token_an_image():
 
 
 @pytest.fixture
-def eager(monkeypatch):
+def eager(compiled_eagerly):
     """The program without a compiler: what is done around it is the same."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    program = torch.compile(packed_crops._block, dynamic=False, backend=counter)
-    monkeypatch.setattr(packed_crops, "_program", lambda: program)
-    yield counter
-    torch._dynamo.reset()
+    return compiled_eagerly(packed_crops)
 
 
 def test_compiled_blocks_share_one_program_and_give_the_same(eager):
