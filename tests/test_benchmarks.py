@@ -84,9 +84,9 @@ def test_one_search_is_faster_than_a_search_for_each_k(benchmark_named):
     assert seconds["each"] > (3 if cpu_has_bf16() else 2) * seconds["once"], seconds
 
 
-@pytest.mark.parametrize(("name", "least"), [("native", 3.5), ("torch", 1.8)])
+@pytest.mark.parametrize(("name", "least"), [("native", 3.5), ("torch", 2.7)])
 def test_crops_are_made_faster_than_by_torchvision(benchmark_named, tmp_path, name, least):
-    """Of photographs; measured 6.8 and 2.7 times."""
+    """Of photographs; measured 7.2 and 4.1 times."""
     augment = benchmark_named("augment")
     try:
         renderer = make_renderer(name)

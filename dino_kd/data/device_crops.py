@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino_kd.data.colour_steps import colour_steps
 from dino_kd.data.decoded import DecodedBatch, check_channels, packed_pixels
-from dino_kd.data.device_colour import Colouring, colour_steps
+from dino_kd.data.device_colour import Colouring
 from dino_kd.data.device_numbers import Numbers, Place
 from dino_kd.data.device_resize import padded_images, resized_crops
 from dino_kd.data.multicrop import BatchParams, CropPolicy, Crops

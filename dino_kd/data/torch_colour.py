@@ -7,10 +7,8 @@ Factors are float32 [n].
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,39 +70,6 @@ def hue(steps: Tensor, crops: Tensor) -> None:
     crops.add_(0.5).floor_()
 
 
-CHANGES: tuple[Callable[[Tensor, Tensor], None], ...] = (brightness, contrast, saturation, hue)
-
-
-def apply_to(crops: Tensor, mask: np.ndarray, change: Callable[[Tensor], None]) -> None:
-    """Do `change` to the crops of a mask bool [n]."""
-    if mask.all():
-        change(crops)
-    elif mask.any():
-        chosen = torch.from_numpy(np.flatnonzero(mask)).to(crops.device)
-        part = crops.index_select(0, chosen)
-        change(part)
-        if crops.is_cpu:  # the same as below, five times faster
-            crops.flatten(1).numpy()[mask] = part.flatten(1).numpy()
-        else:
-            crops.index_copy_(0, chosen, part)
-
-
-def jitter(crops: Tensor, changes: np.ndarray, factors: np.ndarray) -> None:
-    """The four changes of every crop, each crop in its own order.
-
-    Args:
-        crops: float32 [n, 3, h, w].
-        changes: int [n, 4], places in `multicrop.COLOUR_CHANGES`, first to fourth.
-        factors: float [n, 4]: brightness, contrast, saturation, and steps of hue.
-    """
-    for turn in range(4):
-        for place, change in enumerate(CHANGES):
-            mask = changes[:, turn] == place + 1
-            if mask.any():
-                amount = torch.from_numpy(factors[mask, place].astype(np.float32))
-                apply_to(crops, mask, functools.partial(change, amount.to(crops.device)))
-
-
 def grayscale(crops: Tensor) -> None:
     """The same grey in all bands."""
     crops.copy_(luma(crops)[:, None].expand_as(crops))
@@ -116,38 +81,11 @@ def solarize(threshold: int, crops: Tensor) -> None:
     crops.add_(inverted.mul_(255 - 2 * crops))
 
 
-def blur(crops: Tensor, sigmas: np.ndarray) -> None:
-    """Pillow's Gaussian: three box filters of fractional width along rows, then along columns.
-
-    Edge pixels are repeated, and levels rounded after every filter. `sigmas` [n] in pixels.
-    """
-    for whole, mask, inner, outer in box_widths(sigmas):
-        shares = (torch.from_numpy(share).to(crops.device) for share in (inner, outer))
-        apply_to(crops, mask, functools.partial(box_blur, whole, *shares))
-
-
-def box_widths(sigmas: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """The box filters of Gaussians, those that reach equally far together.
-
-    Returns:
-        Of each group: whole pixels on either side of the middle; bool [n], which of `sigmas` are
-        in it; and of those float32 [m] the share of a whole pixel, and of the two that are cut.
-    """
-    variance = sigmas**2 / 3
-    low = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
-    part = (2 * low + 1) * (low * (low + 1) - 3 * variance)
-    radius = low + part / (6 * (variance - (low + 1) ** 2))
-    groups = []
-    for whole in np.unique(radius.astype(np.int64)).tolist():
-        mask = radius.astype(np.int64) == whole
-        inner = 1 / (2 * radius[mask] + 1)
-        outer = (1 - (2 * whole + 1) * inner) / 2
-        groups.append((whole, mask, inner.astype(np.float32), outer.astype(np.float32)))
-    return groups
-
-
 def box_blur(whole: int, inner: Tensor, outer: Tensor, crops: Tensor) -> None:
-    """Three box filters along rows, then three along columns; see `box_widths` for the numbers."""
+    """Three box filters along rows, then three along columns; see `box_widths` for the numbers.
+
+    Edge pixels are repeated, and levels rounded after every filter.
+    """
     reach, levels = whole + 1, crops
     inner, outer = inner[:, None, None, None], outer[:, None, None, None]
     for dim, margins in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
@@ -160,3 +98,9 @@ def box_blur(whole: int, inner: Tensor, outer: Tensor, crops: Tensor) -> None:
                 levels = levels.add_(wide.narrow(dim, reach + step, size))
             levels = (levels * inner).addcmul_(sides, outer).add_(0.5).floor_()
     crops.copy_(levels)
+
+
+CHANGES: dict[str, Callable[..., None]] = {
+    change.__name__: change
+    for change in (brightness, contrast, saturation, hue, grayscale, box_blur, solarize)
+}

@@ -1,21 +1,21 @@
-"""Crops without a compiler: torch resizes one by one, and colours many crops together.
+"""Crops without a compiler: torch resizes one by one, and many are coloured together.
 
-torch's antialiased filter on bytes is Pillow's, five times faster.
+torch's antialiased filter on bytes is Pillow's, five times faster. Colours are `byte_colour`'s.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dino_kd.data import torch_colour
+from dino_kd.data import byte_colour
+from dino_kd.data.colour_steps import colour_steps
 from dino_kd.data.multicrop import BatchParams
 
-_TOGETHER = 2**18  # numbers coloured in one go: they should stay in the processor's cache
+_TOGETHER = 2**20  # numbers coloured in one go: they should stay in the processor's cache
 
 
 class TorchRenderer:
@@ -67,25 +67,16 @@ def _resized(
 
 def _colour(group: np.ndarray, params: BatchParams, columns: range, places: np.ndarray) -> None:
     """Change the crops of `columns` in place, as many together as the cache holds."""
-    changes = params.colour_changes()[:, columns.start : columns.stop]  # [B, s, 4]
     chosen = slice(columns.start, columns.stop)
-    gray, sigma = params.grayscale[:, chosen], params.blur_sigma[:, chosen]
-    solarize = params.solarize[:, chosen]
-    amounts = (params.brightness, params.contrast, params.saturation, params.hue_steps())
-    factors = np.stack([amount[:, chosen] for amount in amounts], axis=-1)
-    rows, numbers = np.nonzero(changes.any(-1) | gray | (sigma > 0) | solarize)
-    shape = group.shape[2:]
+    rest = params.grayscale | (params.blur_sigma > 0) | params.solarize
+    changed = (params.colour_changes().any(-1) | rest)[:, chosen]
+    rows, numbers = np.nonzero(changed)
     flat = group.reshape(-1, group[0, 0].size)  # a view; numpy copies whole rows fast
     together = max(1, _TOGETHER // group[0, 0].size)
     for begin in range(0, len(rows), together):
-        of = rows[begin : begin + together], numbers[begin : begin + together]
-        at = of[1] * group.shape[1] + places[of[0]]
-        crops = torch.from_numpy(flat[at]).float().unflatten(1, shape)
-        torch_colour.jitter(crops, changes[of], factors[of])
-        torch_colour.apply_to(crops, gray[of], torch_colour.grayscale)
-        blurred = sigma[of] > 0
-        sigmas = sigma[of][blurred]
-        torch_colour.apply_to(crops, blurred, functools.partial(torch_colour.blur, sigmas=sigmas))
-        inverts = functools.partial(torch_colour.solarize, params.policy.solarize_threshold)
-        torch_colour.apply_to(crops, solarize[of], inverts)
-        flat[at] = crops.to(torch.uint8).flatten(1).numpy()
+        row, number = rows[begin : begin + together], numbers[begin : begin + together]
+        at = number * group.shape[1] + places[row]
+        for step in colour_steps(params, (row, number + columns.start)):
+            some = flat[at[step.crops]].reshape(-1, *group.shape[2:])
+            byte_colour.CHANGES[step.change](*step.constants, *step.amounts, some)
+            flat[at[step.crops]] = some.reshape(len(some), -1)
