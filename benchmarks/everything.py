@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from dino_kd.cli import with_defaults
 from dino_kd.files import write_text
+from dino_kd.process import with_defaults
 
 HERE = Path(__file__).resolve().parent
 NOT_BENCHMARKS = {"everything", "timing"}

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_kd.cli import ENVIRONMENT, with_defaults
 from dino_kd.data.multicrop import Crops
 from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
@@ -41,6 +40,7 @@ from dino_kd.engine.signals import StopFlag
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.head import DINOHead
 from dino_kd.models.kernels import choose_kernels
+from dino_kd.process import ENVIRONMENT, with_defaults
 from dino_kd.tasks.dino import DinoTask, Network
 
 CPU = torch.device("cpu")

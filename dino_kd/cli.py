@@ -9,30 +9,18 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from dino_kd import __version__
 from dino_kd.errors import ConfigError, Interrupted, UserError, unknown_name
+from dino_kd.process import prepare_process
 
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
 
 MainFunction = Callable[[list[str]], "int | None"]
-
-# Defaults of every command's process, read when torch is first imported; docs/results.md.
-ENVIRONMENT = {
-    # Threads that wait must soon sleep: with a busy process beside them, OpenMP's default of
-    # spinning for milliseconds made training 2.6 times slower on 2 cores. Asleep at once, they wake
-    # too late for the small operations between two products. So they spin for some 10 microseconds.
-    # The second name is GNU's, which wins over the first.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "1000",
-    # Large tensors in pages of 2 MB, where Linux gives them when asked (`madvise`): a step that
-    # gets its memory 4 kB at a time was measured to spend a tenth to a quarter of its time on that.
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
 
 
 class Command(NamedTuple):
@@ -77,7 +65,7 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
     """
     from dino_kd.config import HelpRequested
 
-    os.environ.update(with_defaults(os.environ))
+    prepare_process()
     try:
         code = main_function(argv) or 0
         sys.stdout.flush()
@@ -98,14 +86,6 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
         if not _reader_is_gone():
             raise  # some other pipe, such as one to a loader process
         return EXIT_BROKEN_PIPE
-
-
-def with_defaults(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment`, and `ENVIRONMENT` where it says nothing; a given wait policy stands alone."""
-    defaults = dict(ENVIRONMENT)
-    if "OMP_WAIT_POLICY" in environment:
-        del defaults["GOMP_SPINCOUNT"]
-    return {**defaults, **environment}
 
 
 def load_command(module: str) -> MainFunction:

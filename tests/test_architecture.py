@@ -28,6 +28,7 @@ LAYERS = {
     "dino_kd.distributed": 0,
     "dino_kd.cache_entries": 0,
     "dino_kd.hardware": 0,
+    "dino_kd.process": 0,
     "dino_kd.products": 0,
     "dino_kd.classifiers": 1,
     "dino_kd.coarse_search": 1,

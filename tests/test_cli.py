@@ -150,60 +150,6 @@ def test_a_job_says_once_that_it_stopped(
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("name", cli.ENVIRONMENT)
-def test_the_environment_is_set_unless_it_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    seen = []
-
-    def look(argv: list[str]) -> int:
-        seen.append(os.environ.get(name))
-        return 0
-
-    for each in cli.ENVIRONMENT:
-        monkeypatch.delenv(each, raising=False)
-    cli.run(look, [])
-    monkeypatch.setenv(name, "other")
-    cli.run(look, [])
-    assert seen == [cli.ENVIRONMENT[name], "other"]
-
-
-def test_a_wait_policy_that_is_given_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for each in cli.ENVIRONMENT:
-        monkeypatch.delenv(each, raising=False)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    cli.run(lambda argv: 0, [])
-    assert "GOMP_SPINCOUNT" not in os.environ
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
-def test_large_tensors_lie_in_large_pages() -> None:
-    """Where Linux gives them when asked: 512 times fewer faults than pages of 4 kB take."""
-    asked = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not asked.is_file() or "[madvise]" not in asked.read_text():
-        pytest.skip("this system gives large pages always or never")
-    code = (
-        "import resource; from dino_kd.cli import run\n"
-        "def count(argv):\n"
-        "    import torch\n"
-        "    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    before = faults(); torch.zeros(2**26, dtype=torch.uint8).fill_(1)\n"
-        "    print(faults() - before)\n"
-        "run(count, [])"
-    )
-
-    def faults(**environment: str) -> int:
-        kept = {k: v for k, v in os.environ.items() if k not in cli.ENVIRONMENT}
-        command = [sys.executable, "-c", code]
-        made = subprocess.run(
-            command, check=True, capture_output=True, cwd=ROOT, env={**kept, **environment}
-        )
-        return int(made.stdout)
-
-    assert faults(THP_MEM_ALLOC_ENABLE="0") > 2**26 / 4096 * 0.9
-    assert faults() < 2**26 / 4096 / 4
-
-
 @pytest.mark.parametrize("with_module", [False, True])
 def test_a_foreign_package_in_the_way_is_named(tmp_path: Path, with_module: bool) -> None:
     """A package named `eval` earlier on the path, without and with a module of our name."""

@@ -19,11 +19,12 @@ import torch
 from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_kd.models.plain_attention import ATTENTION
 from dino_kd.products import LINEAR
 
 ROWS_READ = {VisionTransformer: 1, VisionTransformerDistilled: 2}  # by the output
@@ -109,7 +110,7 @@ def is_standard(block: Any) -> bool:
     """timm's block, of parts that all are known here."""
     if type(block) is not Block or not _has_parts(block, _BLOCK):
         return False
-    if type(block.attn) is not Attention or not _has_parts(block.attn, _ATTENTION):
+    if type(block.attn) not in ATTENTION or not _has_parts(block.attn, _ATTENTION):
         return False
     if not {type(block.drop_path1), type(block.drop_path2)} <= {nn.Identity, DropPath}:
         return False

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from dino_kd import products
 from dino_kd.models.backbone import Backbone
+from dino_kd.models.plain_attention import ATTENTION, PlainAttention
 from dino_kd.products import LINEAR
 
 
@@ -17,8 +19,8 @@ def choose_kernels(network: nn.Module, device_type: str, dtype: torch.dtype) -> 
     """The fastest for a device and the type of its matrix products, in place.
 
     Attention: on a CPU in bf16 plain matrix products beat PyTorch's fused attention (1.3 to 1.65
-    times for a whole training step); everywhere else every module that offers the fused one uses
-    it. Linear layers: on a CPU in float32 by `products.linear`.
+    times for a whole training step), timm's own by `plain_attention`; everywhere else every module
+    that offers the fused one uses it. Linear layers: on a CPU in float32 by `products.linear`.
     """
     is_plain = device_type == "cpu" and dtype == torch.bfloat16
     by_onednn = device_type == "cpu" and dtype == torch.float32 and products.by_onednn()
@@ -28,18 +30,20 @@ def choose_kernels(network: nn.Module, device_type: str, dtype: torch.dtype) -> 
                 module.net.get_submodule(name).fused_attn = not is_plain  # type: ignore[assignment]
         elif type(module) in LINEAR:
             module.__class__ = products.Linear if by_onednn else nn.Linear
+        elif type(module) in ATTENTION:
+            module.__class__ = PlainAttention if is_plain else Attention
 
 
 @contextlib.contextmanager
 def kernels_for(network: nn.Module, device_type: str, dtype: torch.dtype) -> Iterator[None]:
     """`choose_kernels` for a while; what was chosen before comes back."""
     fused = [(m, m.fused_attn) for m in network.modules() if hasattr(m, "fused_attn")]
-    linear = [(m, type(m)) for m in network.modules() if type(m) in LINEAR]
+    kinds = [(m, type(m)) for m in network.modules() if type(m) in (*LINEAR, *ATTENTION)]
     choose_kernels(network, device_type, dtype)
     try:
         yield
     finally:
         for module, was_fused in fused:
             module.fused_attn = was_fused  # type: ignore[assignment]
-        for module, kind in linear:
+        for module, kind in kinds:
             module.__class__ = kind
