@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from loss import pair_by_pair
+from plain import plain_kernels
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,7 +80,7 @@ class OriginalStep:
     def __init__(self, task: DinoTask, precision: str) -> None:
         self.task, self.precision = task, precision
         for network in (task.student, task.teacher):
-            choose_kernels(network, "cpu", torch.bfloat16)  # softmax(q k) v
+            plain_kernels(network)
         groups = parameter_groups(task.student)
         for group in groups:
             group["weight_decay"] = VALUES["weight_decay"] if group["has_weight_decay"] else 0.0

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from plain import plain_kernels
 from torch import Tensor, nn
 
 from dino_kd.config import load_settings
@@ -35,7 +36,6 @@ from dino_kd.engine.precision import choose_precision
 from dino_kd.engine.signals import StopFlag
 from dino_kd.features import extract_features
 from dino_kd.models.backbone import Backbone
-from dino_kd.models.kernels import choose_kernels
 from dino_kd.presets import fit_options
 from dino_kd.schema import PretrainConfig
 from dino_kd.tasks.dino import DinoTask
@@ -181,7 +181,7 @@ def costs(sides: dict[str, Training], images: int, rounds: int = 3) -> dict[str,
 def make_plain(task: DinoTask) -> None:
     """Undo what the library does for speed alone: memory layout, attention, linear layers."""
     for network in (task.student, task.teacher):
-        choose_kernels(network, "cpu", torch.bfloat16)  # softmax(q k) v, and torch's own products
+        plain_kernels(network)
         network.backbone.preprocess = functools.partial(normalise, network.backbone)  # type: ignore[method-assign]
 
 

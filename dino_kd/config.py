@@ -155,10 +155,12 @@ def command_help(command: str, schema: type[Settings]) -> str:
     same = {"evaluate": "suite", "bench": "pretrain"}.get(command, command)
     fitting = ", ".join(n for n in packaged_configs() if same in n.split("/"))
     listed = textwrap.fill(fitting, 90, initial_indent="  ", subsequent_indent="  ")
+    config = f"{fitting.split(', ')[0]} " if fitting else ""
     return (
         f"usage: dino-kd {command} [CONFIG] [a.b=c ...]\n\n"
         f"{' '.join((schema.__doc__ or '').split())}\n\n"
-        f"example: dino-kd {command} {needed}\n\n"
+        f"example: dino-kd {command} {config}{needed}".rstrip()
+        + "\n\n"
         + (
             f"CONFIG is a YAML file, a run directory, or one of\n{listed}\n"
             if listed
@@ -460,8 +462,10 @@ def settings_page() -> str:
     ]
     for command, schema in COMMANDS.items():
         doc = " ".join((schema.__doc__ or "").split())
-        table = describe_settings(schema, "markdown", level=3)
-        parts.append(f"\n## {command}\n\n{doc}\n\n{table}")
+        base = next((n for n, s in COMMANDS.items() if s in schema.__mro__[1:]), None)
+        table = describe_settings(schema, "markdown", level=3, own=base is not None)
+        same = f"The settings of [{base}](#{base}), and these.\n\n" if base else ""
+        parts.append(f"\n## {command}\n\n{doc}\n\n{same}{table}")
     return "".join(parts)
 
 

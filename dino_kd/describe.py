@@ -5,6 +5,7 @@ Everything here is read from the schema, so that words and checks cannot drift a
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 import types
 import typing
@@ -98,14 +99,18 @@ def value_in_words(value: Any) -> str:
 
 
 def describe_settings(
-    schema: type[Settings], form: Literal["text", "markdown"] = "text", *, level: int = 2
+    schema: type[Settings],
+    form: Literal["text", "markdown"] = "text",
+    *,
+    level: int = 2,
+    own: bool = False,
 ) -> str:
     """Field, type, default, unit and meaning of every setting, for `--help` or docs/config.md.
 
-    `level` is the depth of the Markdown headings. The resume column appears where the schema has
-    a `resume` setting.
+    Of Markdown, `level` is the depth of its headings, and `own` leaves out what the schema has
+    from another one. The resume column appears where the schema has a `resume` setting.
     """
-    return _as_markdown(schema, level) if form == "markdown" else _as_text(schema)
+    return _as_markdown(schema, level, own) if form == "markdown" else _as_text(schema)
 
 
 def _as_text(schema: type[Settings]) -> str:
@@ -124,11 +129,11 @@ def _as_text(schema: type[Settings]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _as_markdown(schema: type[Settings], level: int) -> str:
+def _as_markdown(schema: type[Settings], level: int, own: bool) -> str:
     resumable = "resume" in schema.model_fields
     names = ["setting", "accepts", "default", "unit", "meaning"] + ["on resume"] * resumable
     lines: list[str] = []
-    for title, doc, group in _groups(schema):
+    for title, doc, group in _groups(schema, own=own):
         if title:
             lines += ["", f"{'#' * level} `{title}`", "", doc, ""]
         lines += [_row(names), _row(["---"] * len(names))]
@@ -144,16 +149,16 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _groups(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, list[Leaf]]]:
-    """(dotted section, its one-line meaning, its own settings): the top level first."""
-    own = [
-        Leaf(prefix + name, field)
-        for name, field in schema.model_fields.items()
-        if not is_section(field)
-    ]
+def _groups(
+    schema: type[Settings], prefix: str = "", *, own: bool = False
+) -> Iterator[tuple[str, str, list[Leaf]]]:
+    """(dotted section, its one-line meaning, its settings): the top level first."""
+    written_here = inspect.get_annotations(schema)
+    fields = {n: f for n, f in schema.model_fields.items() if not own or n in written_here}
+    leaves = [Leaf(prefix + name, field) for name, field in fields.items() if not is_section(field)]
     doc = " ".join((schema.__doc__ or "").split())
-    yield prefix.rstrip("."), doc, own
-    for name, field in schema.model_fields.items():
+    yield prefix.rstrip("."), doc, leaves
+    for name, field in fields.items():
         if is_section(field):
             yield from _groups(section_schema(field), f"{prefix}{name}.")
 
