@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dino_kd import products
 from dino_kd.engine.speed import count_flops
 from dino_kd.models.backbone import create_backbone
+from dino_kd.models.fused_mlp import FusedMlp
 from dino_kd.models.kernels import choose_kernels, kernels_for
 from dino_kd.products import linear
 
 Product = Callable[..., Tensor]
+FAST = torch.float32, torch.bfloat16
 TINY = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
@@ -24,7 +30,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor where it is faster; sizes that are too small for it too."""
     if products.OPERATOR is None:
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "by_onednn", lambda: True)
+    monkeypatch.setattr(products, "is_faster", lambda dtype: dtype in FAST)
     monkeypatch.setattr(products, "_SMALLEST", 0)
 
 
@@ -78,7 +84,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
 
 
 @pytest.mark.usefixtures("onednn")
-def test_other_types_and_autocast_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_types_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Tensor | None) -> Tensor:
         raise AssertionError("went to oneDNN")
 
@@ -86,10 +92,115 @@ def test_other_types_and_autocast_are_left_to_torch(monkeypatch: pytest.MonkeyPa
     x, weight, bias = (t.detach() for t in tensors(7, 40))
     assert linear(x, weight, bias).dtype == torch.float64
     single = [t.float() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert linear(*single).dtype == torch.float16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert linear(*single).dtype == torch.bfloat16
-    with pytest.raises(AssertionError, match="went to oneDNN"):
-        linear(*single)
+        assert linear(x, weight, bias).dtype == torch.float64, "autocast leaves float64"
+        with pytest.raises(AssertionError, match="went to oneDNN"):
+            linear(*single)
+    for dtype in FAST:
+        with pytest.raises(AssertionError, match="went to oneDNN"):
+            linear(*(t.to(dtype) for t in single))
+    with pytest.raises(RuntimeError):  # as torch says it
+        linear(x.float(), weight.bfloat16())
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("is_low", [True, False])  # x comes from a layer norm, or from a product
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_under_autocast_value_and_gradients_are_those_of_bf16(is_low: bool, has_bias: bool) -> None:
+    exact = tensors(3, 5, 40)[: 3 if has_bias else 2]
+    inputs = [x.detach().float().requires_grad_() for x in exact]
+    if is_low:
+        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(linear, inputs)
+    assert [t.dtype for t in found] == [torch.bfloat16, *(t.dtype for t in inputs)]
+    for mine, reference in zip(found, with_gradients(F.linear, exact), strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_a_parameter_is_turned_into_bf16_once_and_never_kept() -> None:
+    x, weight, bias = (t.detach().float() for t in tensors(7, 40))
+    weight, bias = nn.Parameter(weight), nn.Parameter(bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alone = linear(x, weight, bias) + linear(2 * x, weight, bias)
+        (apart,) = torch.autograd.grad(alone.sum(), weight)
+        with conversions() as copies, products.low_copies():
+            with torch.no_grad():
+                linear(x, weight, bias)
+            both = linear(x, weight, bias) + linear(2 * x, weight, bias)
+        assert len([c for c in copies if c is weight]) == 2, "without and with a graph"
+        assert torch.equal(both, alone)
+        (together,) = torch.autograd.grad(both.sum(), weight)
+        torch.testing.assert_close(together, apart, rtol=1e-2, atol=0.1)
+        with torch.no_grad():
+            weight.mul_(2)
+        with products.low_copies():
+            torch.testing.assert_close(linear(x, weight), 2 * F.linear(x, weight / 2))
+
+
+@contextlib.contextmanager
+def conversions() -> Iterator[list[object]]:
+    """The tensors that are turned into another type."""
+    found: list[object] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if function is torch.Tensor.to:
+                found.append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield found
+
+
+@pytest.mark.usefixtures("onednn")
+def test_gelu_within_the_product_is_gelu_after_it() -> None:
+    exact = [t.detach() for t in tensors(9, 40)]
+    low = [t.bfloat16() for t in exact]
+    with torch.no_grad():
+        found = products.linear_gelu(*low)
+        assert found is not None
+        torch.testing.assert_close(found.double(), F.gelu(F.linear(*exact)), rtol=2e-2, atol=5e-2)
+        assert products.linear_gelu(*(t.float() for t in exact)) is None
+    assert products.linear_gelu(*low) is None, "with gradients"
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [(None, True), ("train", False), ("tanh", False), ("relu", False), ("hook", False)],
+)
+def test_an_mlp_gives_what_timms_gives(
+    monkeypatch: pytest.MonkeyPatch, change: str | None, fused: bool
+) -> None:
+    torch.manual_seed(0)
+    theirs = Mlp(40, 160, drop=0.5).eval()
+    if change == "train":
+        theirs.train()
+    elif change in ("tanh", "relu"):
+        theirs.act = nn.GELU("tanh") if change == "tanh" else nn.ReLU()
+    mine = copy.deepcopy(theirs)
+    mine.__class__ = FusedMlp
+    heard: list[int] = []
+    if change == "hook":
+        mine.fc1.register_forward_hook(lambda *_: heard.append(1))
+    calls: list[str] = []
+    multiply = products._multiply
+    monkeypatch.setattr(
+        products, "_multiply", lambda *inputs: (calls.extend(inputs[3:]), multiply(*inputs))[1]
+    )
+    x = torch.randn(5, 7, 40)
+    results = []
+    for mlp in (mine, theirs):
+        torch.manual_seed(1)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(mlp(x))
+    torch.testing.assert_close(*results, rtol=3e-2, atol=1e-2)
+    assert ("gelu" in calls) == fused
+    assert bool(heard) == (change == "hook")
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -107,14 +218,19 @@ def test_it_is_chosen_where_it_is_faster_and_works(
         pytest.skip("this torch has no oneDNN, or no MKL")
     monkeypatch.setattr(products, "_multiply", multiply)
     monkeypatch.setattr(products, "cpu_is_intel", lambda: False)
+    monkeypatch.setattr(products, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    decide = products.by_onednn.__wrapped__
-    assert decide() == works
+    decide = products.is_faster.__wrapped__
+    assert decide(torch.float32) == decide(torch.bfloat16) == works
+    assert not decide(torch.float16)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not decide()
+    assert not decide(torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(products, "cpu_is_intel", lambda: True)
-    assert not decide()
+    assert not decide(torch.float32)
+    assert decide(torch.bfloat16) == works, "the bias is within on any processor"
+    monkeypatch.setattr(products, "cpu_has_bf16", lambda: False)
+    assert not decide(torch.bfloat16)
 
 
 @pytest.mark.usefixtures("onednn")
@@ -139,7 +255,7 @@ def test_a_network_computes_the_same_and_can_be_set_back() -> None:
         assert len(calls) == 7  # four in the first block; of the last, three for one row
         layer = backbone.net.blocks[0].attn.qkv
         assert type(layer) is products.Linear
-        with kernels_for(backbone, "cpu", torch.bfloat16):
+        with kernels_for(backbone, "cuda", torch.bfloat16):
             assert type(layer) is nn.Linear
         assert type(layer) is products.Linear
     assert not any(isinstance(module, products.Linear) for module in backbone.modules())
@@ -148,8 +264,6 @@ def test_a_network_computes_the_same_and_can_be_set_back() -> None:
 @pytest.mark.usefixtures("onednn")
 def test_a_copy_of_a_network_uses_its_own_weights() -> None:
     """The teacher is a copy of the student, and an average is copied too."""
-    import copy
-
     backbone = create_backbone("vit_tiny_patch16_224", img_size=32, args=TINY)
     choose_kernels(backbone, "cpu", torch.float32)
     other = copy.deepcopy(backbone)

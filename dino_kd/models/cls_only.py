@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.layers import DropPath, GluMlp, SwiGLU
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_kd.models.fused_mlp import MLP
 from dino_kd.models.plain_attention import ATTENTION
 from dino_kd.products import LINEAR
 
@@ -114,7 +115,7 @@ def is_standard(block: Any) -> bool:
         return False
     if not {type(block.drop_path1), type(block.drop_path2)} <= {nn.Identity, DropPath}:
         return False
-    return type(block.mlp) in (Mlp, GluMlp, SwiGLU) and type(block.attn.qkv) in LINEAR
+    return type(block.mlp) in (*MLP, GluMlp, SwiGLU) and type(block.attn.qkv) in LINEAR
 
 
 def _has_parts(module: nn.Module, known: set[str]) -> bool:

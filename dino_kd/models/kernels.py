@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import nn
 
 from dino_kd import products
 from dino_kd.models.backbone import Backbone
+from dino_kd.models.fused_mlp import MLP, FusedMlp
 from dino_kd.models.plain_attention import ATTENTION, PlainAttention
 from dino_kd.products import LINEAR
 
@@ -20,10 +22,11 @@ def choose_kernels(network: nn.Module, device_type: str, dtype: torch.dtype) -> 
 
     Attention: on a CPU in bf16 plain matrix products beat PyTorch's fused attention (1.3 to 1.65
     times for a whole training step), timm's own by `plain_attention`; everywhere else every module
-    that offers the fused one uses it. Linear layers: on a CPU in float32 by `products.linear`.
+    that offers the fused one uses it. Linear layers: on a CPU by `products.linear`, where that is
+    faster; MLPs in bf16 there by `FusedMlp`.
     """
     is_plain = device_type == "cpu" and dtype == torch.bfloat16
-    by_onednn = device_type == "cpu" and dtype == torch.float32 and products.by_onednn()
+    by_onednn = device_type == "cpu" and products.is_faster(dtype)
     for module in network.modules():
         if isinstance(module, Backbone):
             for name in module.fusable:
@@ -32,13 +35,15 @@ def choose_kernels(network: nn.Module, device_type: str, dtype: torch.dtype) -> 
             module.__class__ = products.Linear if by_onednn else nn.Linear
         elif type(module) in ATTENTION:
             module.__class__ = PlainAttention if is_plain else Attention
+        elif type(module) in MLP:
+            module.__class__ = FusedMlp if is_plain and by_onednn else Mlp
 
 
 @contextlib.contextmanager
 def kernels_for(network: nn.Module, device_type: str, dtype: torch.dtype) -> Iterator[None]:
     """`choose_kernels` for a while; what was chosen before comes back."""
     fused = [(m, m.fused_attn) for m in network.modules() if hasattr(m, "fused_attn")]
-    kinds = [(m, type(m)) for m in network.modules() if type(m) in (*LINEAR, *ATTENTION)]
+    kinds = [(m, type(m)) for m in network.modules() if type(m) in (*LINEAR, *ATTENTION, *MLP)]
     choose_kernels(network, device_type, dtype)
     try:
         yield

@@ -17,6 +17,7 @@ from dino_kd.models.batch_norm import BatchNormStatistics
 from dino_kd.models.ema import update_teacher
 from dino_kd.models.head import DINOHead
 from dino_kd.models.low_weights import with_low_weights
+from dino_kd.products import low_copies
 
 TeacherBuffers = Literal["own", "ema", "copy"]
 
@@ -43,7 +44,8 @@ class Network(nn.Module):
         images = [self.backbone.preprocess(crops.flatten(0, 1)) for crops in groups]
         passes = [images] if self.packs_crops and len(images) > 1 else images
         if self.low_dtype is None:
-            features = [self.backbone(pixels) for pixels in passes]  # [crops * B, D] each
+            with low_copies():
+                features = [self.backbone(pixels) for pixels in passes]  # [crops * B, D] each
         else:
             features = with_low_weights(self.backbone, passes, self.low_dtype)
         return torch.cat(features).unflatten(0, (-1, groups[0].shape[1]))
