@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Anything but large matrices on a CPU, in float32 or in bf16 (by autocast or throughout), and
     whatever is being compiled, goes to `F.linear` itself.
     """
-    dtype = _dtype(x, weight)
+    dtype = _dtype(x, weight, bias)
     if dtype is None:
         return F.linear(x, weight, bias)
     if dtype == torch.bfloat16:
@@ -77,12 +78,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
 
     None with gradients, which need what GELU was given, and where `linear` takes another way.
     """
-    if torch.is_grad_enabled() or _dtype(x, weight) != torch.bfloat16:
+    if torch.is_grad_enabled() or _dtype(x, weight, bias) != torch.bfloat16:
         return None
     return _multiply(_low(x), _low(weight), None if bias is None else _low(bias), "gelu")
 
 
-_copies: dict[tuple[Tensor, bool], Tensor] | None = None  # of parameters, inside `low_copies`
+Copies = dict[tuple[Tensor, bool], Tensor]
+_copies: ContextVar[Copies | None] = ContextVar("_copies", default=None)  # inside `low_copies`
 
 
 @contextlib.contextmanager
@@ -91,24 +93,24 @@ def low_copies() -> Iterator[None]:
 
     For passes between which no parameter changes. Their gradients meet in bf16, as autocast's do.
     """
-    global _copies
-    outer, _copies = _copies, {}
+    token = _copies.set({})
     try:
         yield
     finally:
-        _copies = outer
+        _copies.reset(token)
 
 
 def _low(x: Tensor) -> Tensor:
     """`x` in bf16, with its gradient."""
     if x.dtype == torch.bfloat16:
         return x
-    if _copies is None or not isinstance(x, nn.Parameter):
+    copies = _copies.get()
+    if copies is None or not isinstance(x, nn.Parameter):
         return x.to(torch.bfloat16)
     key = x, torch.is_grad_enabled()  # a copy without a graph is of no use to a pass that has one
-    if key not in _copies:
-        _copies[key] = x.to(torch.bfloat16)
-    return _copies[key]
+    if key not in copies:
+        copies[key] = x.to(torch.bfloat16)
+    return copies[key]
 
 
 class Linear(nn.Linear):
@@ -122,13 +124,13 @@ class Linear(nn.Linear):
 LINEAR = (nn.Linear, Linear)  # exactly these: others compute something else
 
 
-def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """What oneDNN is asked to multiply in; None where torch does it."""
+def _dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """What oneDNN is asked to multiply in; None where torch does it, or says why it cannot."""
     if x.device.type != "cpu" or x.numel() * len(weight) < _SMALLEST:
         return None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape[-1] != weight.shape[1]:
         return None
-    dtype, dtypes = x.dtype, {x.dtype, weight.dtype}
+    dtype, dtypes = x.dtype, {t.dtype for t in (x, weight, bias) if t is not None}
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         dtypes = dtypes - {torch.float32} | {dtype}  # autocast turns float32 into it

@@ -17,8 +17,10 @@ from dino_kd import products
 from dino_kd.engine.speed import count_flops
 from dino_kd.models.backbone import create_backbone
 from dino_kd.models.fused_mlp import FusedMlp
+from dino_kd.models.head import DINOHead
 from dino_kd.models.kernels import choose_kernels, kernels_for
 from dino_kd.products import linear
+from dino_kd.tasks.dino import Network
 
 Product = Callable[..., Tensor]
 FAST = torch.float32, torch.bfloat16
@@ -32,6 +34,13 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "is_faster", lambda dtype: dtype in FAST)
     monkeypatch.setattr(products, "_SMALLEST", 0)
+
+
+@pytest.fixture
+def onednn_in_bf16(onednn: None) -> None:
+    """Skip where oneDNN has no products in bf16: they need AVX-512 at least."""
+    if not products._works(torch.bfloat16):
+        pytest.skip("oneDNN has no bf16 on this processor")
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -101,11 +110,16 @@ def test_other_types_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in FAST:
         with pytest.raises(AssertionError, match="went to oneDNN"):
             linear(*(t.to(dtype) for t in single))
-    with pytest.raises(RuntimeError):  # as torch says it
-        linear(x.float(), weight.bfloat16())
+    for wrong in (
+        (single[0], single[1].bfloat16()),
+        (single[0][:, :-1], single[1]),
+        (*(t.bfloat16() for t in single[:2]), single[2]),
+    ):
+        with pytest.raises(RuntimeError, match=r"dtype|shapes"):  # as torch says it
+            linear(*wrong)
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.usefixtures("onednn_in_bf16")
 @pytest.mark.parametrize("is_low", [True, False])  # x comes from a layer norm, or from a product
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_under_autocast_value_and_gradients_are_those_of_bf16(is_low: bool, has_bias: bool) -> None:
@@ -120,7 +134,7 @@ def test_under_autocast_value_and_gradients_are_those_of_bf16(is_low: bool, has_
         torch.testing.assert_close(mine.double(), reference, rtol=2e-2, atol=0.1)
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.usefixtures("onednn_in_bf16")
 def test_a_parameter_is_turned_into_bf16_once_and_never_kept() -> None:
     x, weight, bias = (t.detach().float() for t in tensors(7, 40))
     weight, bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -141,6 +155,18 @@ def test_a_parameter_is_turned_into_bf16_once_and_never_kept() -> None:
             torch.testing.assert_close(linear(x, weight), 2 * F.linear(x, weight / 2))
 
 
+@pytest.mark.usefixtures("onednn_in_bf16")
+def test_global_and_local_crops_share_the_copies_of_a_pass() -> None:
+    backbone = create_backbone("vit_tiny_patch16_224", img_size=32, patch_size=8, args=TINY)
+    choose_kernels(backbone, "cpu", torch.bfloat16)
+    network = Network(backbone, DINOHead(64, 16, hidden_dim=32, bottleneck_dim=8))
+    groups = [torch.zeros(2, 2, 3, side, side, dtype=torch.uint8) for side in (32, 16)]
+    with conversions() as copies, torch.autocast("cpu", dtype=torch.bfloat16):
+        network.features(groups)
+    weight = backbone.net.blocks[0].mlp.fc1.weight
+    assert len([found for found in copies if found is weight]) == 1
+
+
 @contextlib.contextmanager
 def conversions() -> Iterator[list[object]]:
     """The tensors that are turned into another type."""
@@ -156,7 +182,7 @@ def conversions() -> Iterator[list[object]]:
         yield found
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.usefixtures("onednn_in_bf16")
 def test_gelu_within_the_product_is_gelu_after_it() -> None:
     exact = [t.detach() for t in tensors(9, 40)]
     low = [t.bfloat16() for t in exact]
@@ -168,7 +194,7 @@ def test_gelu_within_the_product_is_gelu_after_it() -> None:
     assert products.linear_gelu(*low) is None, "with gradients"
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.usefixtures("onednn_in_bf16")
 @pytest.mark.parametrize(
     ("change", "fused"),
     [(None, True), ("train", False), ("tanh", False), ("relu", False), ("hook", False)],

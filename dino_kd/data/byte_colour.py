@@ -15,26 +15,19 @@ import numpy as np
 _LUMA = 77, 29  # red's and blue's share of the grey level, of 256; green has the rest
 
 
-def _whole(shares: np.ndarray, most: int, top_bits: int = 14) -> tuple[np.ndarray, np.ndarray]:
-    """Shares float [n, ...] as ``numbers / 2**bits``, with as many bits as let them stay small.
+def _whole(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares float [n] as ``numbers / 2**bits``, with as many bits as keep a number within 128.
 
-    Returns:
-        The numbers, int64 as `shares`, the absolute ones of a row summing to `most` or less, and
-        the bits, int64 [n].
+    255 * 128 fits 16 bits. Beyond a share of 128 every level but the base is cut off anyway.
     """
-    rows = shares.reshape(len(shares), -1)
-    total = np.abs(rows).sum(1)
-    bits = np.floor(np.log2(most / np.maximum(total, most / 2**top_bits))).astype(np.int64)
+    bits = np.floor(np.log2(128 / np.maximum(np.abs(shares), 2**-7))).astype(np.int64)
     bits = np.maximum(bits, 0)
-    scaled = np.rint(rows * 2.0 ** bits[:, None])
-    bits = np.maximum(bits - (np.abs(scaled).sum(1) > most), 0)  # where rounding went beyond
-    scaled = np.clip(np.rint(rows * 2.0 ** bits[:, None]), -most, most)
-    return scaled.astype(np.int64).reshape(shares.shape), bits
+    return np.clip(np.rint(shares * 2.0**bits), -128, 128), bits
 
 
-def _column(numbers: np.ndarray, dtype: type = np.int16) -> np.ndarray:
-    """[n] -> [n, 1, 1], to go with crops [n, bands, pixels]."""
-    return numbers.astype(dtype)[:, None, None]
+def _column(numbers: np.ndarray) -> np.ndarray:
+    """[n] -> int16 [n, 1, 1], to go with crops [n, bands, pixels]."""
+    return numbers.astype(np.int16)[:, None, None]
 
 
 def _bands(crops: np.ndarray) -> np.ndarray:
@@ -57,7 +50,7 @@ def _blend(
     factors: np.ndarray, wide: np.ndarray, base: np.ndarray | np.int16, into: np.ndarray
 ) -> None:
     """``base + factor * (level - base)``, cut off and without its fraction, as Pillow's blend."""
-    numbers, bits = _whole(factors - 1, 128)  # 255 * 128 fits 16 bits
+    numbers, bits = _whole(factors - 1)
     moved = wide - base
     moved *= _column(numbers)
     moved >>= _column(bits)
@@ -76,7 +69,8 @@ def contrast(factors: np.ndarray, crops: np.ndarray) -> None:
     levels = _bands(crops)
     wide = levels.astype(np.int16)
     grey = _luma(wide)
-    mean = grey.sum((1, 2), dtype=np.int32) / grey[0].size
+    exact = np.int32 if grey[0].size < 2**23 else np.int64  # the larger takes twice the time
+    mean = grey.sum((1, 2), dtype=exact) / grey[0].size
     _blend(factors, wide, _column(np.floor(mean + 0.5)), levels)
 
 
@@ -99,7 +93,7 @@ def hue(steps: np.ndarray, crops: np.ndarray) -> None:
     spread = most - np.minimum(np.minimum(red, green), blue)
     level = _hue_level(red, green, blue, most, spread)
     level += steps.astype(np.uint8)[:, None]  # a whole turn is 256 and wraps
-    sector = level * np.int16(6)
+    sector = level.astype(np.int16) * np.int16(6)
     sector += sector >> np.int16(8)  # a sixth of the circle is 256
     share = np.empty_like(sector)  # of the spread, in 256ths
     for band, centre, is_red in ((red, 768, True), (green, 512, False), (blue, 1024, False)):
@@ -168,7 +162,7 @@ def box_blur(whole: int, inner: np.ndarray, outer: np.ndarray, crops: np.ndarray
     boxes = np.concatenate([outer[:, None], *[inner[:, None]] * (2 * whole + 1), outer[:, None]], 1)
     if at_once:
         boxes = np.stack([np.convolve(np.convolve(box, box), box) for box in boxes])
-    weights = _half(boxes, bits=np.iinfo(wide).bits // 2).astype(wide)
+    weights = _half(boxes, bits=np.iinfo(wide).bits // 2).astype(np.int64).astype(wide)
     reach = weights.shape[1] - 1
     levels = crops
     for axis in (3, 2):

@@ -21,7 +21,7 @@ class ColourStep:
         change: its name in `byte_colour.CHANGES` and `torch_colour.CHANGES`.
         crops: int64 [m], which of them.
         constants: what is the same for all.
-        amounts: float [m] each.
+        amounts: numbers [m] each.
     """
 
     change: str

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.models.fused_mlp import MLP
 from dino_kd.models.plain_attention import ATTENTION
+from dino_kd.models.watched import is_watched
 from dino_kd.products import LINEAR
 
 ROWS_READ = {VisionTransformer: 1, VisionTransformerDistilled: 2}  # by the output
@@ -120,16 +121,6 @@ def is_standard(block: Any) -> bool:
 
 def _has_parts(module: nn.Module, known: set[str]) -> bool:
     return {name for name, _ in module.named_children()} <= known
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Somebody waits for this module's inputs, outputs or gradients."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def mixes_rows(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dino_kd.models.cls_only import is_watched
+from dino_kd.models.watched import is_watched
 
 Program = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 

@@ -1,10 +1,11 @@
-"""A ViT's MLP in bf16 on a CPU with its GELU inside the first product, where nothing is learned."""
+"""A ViT's MLP in bf16 on a CPU with GELU in the first product, where no gradient is asked for."""
 
 from __future__ import annotations
 
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from dino_kd.models.watched import is_watched
 from dino_kd.products import LINEAR, linear_gelu
 
 
@@ -22,9 +23,9 @@ class FusedMlp(Mlp):
         """Whether a linear layer and the exact GELU follow each other, and nobody listens."""
         if type(self.fc1) not in LINEAR or type(self.act) is not nn.GELU:
             return False
-        hooks = [(m._forward_hooks or m._forward_pre_hooks) for m in (self.fc1, self.act)]
+        passed_by = self.fc1, self.act, self.drop1
         drops = self.training and self.drop1.p > 0
-        return self.act.approximate == "none" and not drops and not any(hooks)
+        return self.act.approximate == "none" and not drops and not any(map(is_watched, passed_by))
 
 
 MLP = (Mlp, FusedMlp)  # exactly these: others compute something else

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dino_kd.errors import ConfigError
 from dino_kd.models import cls_only
 from dino_kd.models.compiled_blocks import after_attention, drops, is_compiled
+from dino_kd.models.watched import is_watched
 
 Shapes = tuple[tuple[int, int], ...]  # images N and tokens T of each group
 Factor = Tensor | None  # of stochastic depth for every token or image; None: it is off
@@ -142,7 +143,7 @@ def _obstacle(net: Any) -> str:
     if not cls_only.reads_class_token(net) or not all(map(cls_only.is_standard, net.blocks)):
         return "is not one of timm's plain vision transformers that pool by their class token"
     for name, module in net.named_modules():
-        if cls_only.is_watched(module):
+        if is_watched(module):
             return f"has a hook on {name or 'itself'}, which packing passes by; remove it"
         if cls_only.mixes_rows(module):
             return f"has dropout or a batch norm ({name}); take it out of model.args"

@@ -16,6 +16,8 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dino_kd.models.watched import is_watched
+
 _AT_A_TIME = 32  # bf16 numbers in an AVX-512 register
 
 
@@ -46,7 +48,9 @@ class PlainAttention(Attention):
         return self.proj_drop(self.proj(self.norm(out)))
 
     def _is_plain(self) -> bool:
-        """Whether nothing happens between the linear layers but attention itself."""
+        """Whether nothing happens between the linear layers but attention, and nobody listens."""
+        if any(map(is_watched, (self.q_norm, self.k_norm, self.attn_drop))):
+            return False
         drops = self.training and self.attn_drop.p > 0
         normed = not (type(self.q_norm) is type(self.k_norm) is nn.Identity)
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

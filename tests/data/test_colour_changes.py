@@ -89,6 +89,14 @@ def test_blends_are_pillows_up_to_a_level(back_end, name, enhancer, factors) -> 
     assert (error > 0).mean() < back_end.blended
 
 
+def test_contrast_of_a_very_large_crop() -> None:
+    """Its grey levels sum to more than 32 bits hold."""
+    crops = np.full((1, 3, 3000, 3000), 240, np.uint8)
+    crops[..., ::2] = 250
+    made = BYTES.change("contrast", crops, [0.5])
+    assert sorted(np.unique(made)) == [242, 247]
+
+
 def test_a_factor_beyond_all_sense_still_cuts_off(back_end: BackEnd) -> None:
     """A blend by 1000: black stays, and what is bright enough is white."""
     crops = np.zeros((1, 3, 2, 4), np.uint8)

@@ -52,9 +52,11 @@ def test_value_and_gradient_are_the_formulas(tokens, dtype, tolerance) -> None:
 
 
 def test_what_is_given_stays_and_nothing_is_kept_without_gradients() -> None:
-    qkv = torch.randn(2, 5, 48)
-    before = qkv.clone()
-    assert not plain_attention.plain_attention(qkv, 2, 0.5).requires_grad
+    qkv = torch.randn(2, 5, 48, requires_grad=True)
+    before = qkv.detach().clone()
+    with torch.no_grad():
+        assert not plain_attention.plain_attention(qkv, 2, 0.5).requires_grad
+    assert plain_attention.plain_attention(qkv, 2, 0.5).requires_grad
     assert torch.equal(qkv, before), "the scale went into the caller's tensor"
 
 
@@ -86,6 +88,33 @@ def test_a_module_gives_what_timms_gives(options, masked) -> None:
         results.append((out.detach(), attention.qkv.weight.grad))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["attn_drop", "q_norm"])
+def test_whoever_listens_inside_is_heard(name: str) -> None:
+    mine, heard = module().eval(), []
+    mine.fused_attn = False
+    mine.__class__ = plain_attention.PlainAttention
+    getattr(mine, name).register_forward_hook(lambda *_: heard.append(name))
+    mine(torch.randn(2, 9, 64))
+    assert heard == [name]
+
+
+def test_a_traced_network_has_torchs_operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = module().eval()
+    mine.fused_attn = False
+    mine.__class__ = plain_attention.PlainAttention
+    x = torch.randn(2, 9, 64)
+    expected = mine(x)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a function of ours would be in the trace")
+
+    monkeypatch.setattr(plain_attention, "plain_attention", refuse)
+    for asked in (torch.jit, "is_tracing"), (torch.compiler, "is_compiling"):
+        with monkeypatch.context() as during:
+            during.setattr(*asked, lambda: True)
+            torch.testing.assert_close(mine(x), expected)
 
 
 def test_it_is_taken_for_bf16_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
