@@ -22,6 +22,7 @@ from dino_kd.models.backbone import Backbone, as_size, check_input_size
 from dino_kd.models.kernels import kernels_for
 
 OUTPUT = "output"  # the part that is always there: what the network itself returns
+_PIXELS = 2**20  # of each channel, in one pass on a CPU: 20 images of 224 px, 1,024 of 32 px
 
 
 class NothingReadable(DataError):  # noqa: N818 - reads as what it is
@@ -146,9 +147,12 @@ def extract_with(
     device = torch.device(device)
 
     def forward(images: Tensor) -> dict[str, Tensor]:
-        images = backbone.preprocess(images.to(device, non_blocking=True))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return describe(images)
+            made = [
+                describe(backbone.preprocess(piece.to(device, non_blocking=True)))
+                for piece in _pieces(images, device)
+            ]
+        return {name: torch.cat([piece[name] for piece in made]) for name in made[0]}
 
     with torch.no_grad(), evaluation_mode(backbone, device, precision):
         return _collect(
@@ -161,6 +165,16 @@ def extract_with(
             pin_memory=device.type == "cuda",
             on_batch=on_batch,
         )
+
+
+def _pieces(images: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """Images ``[N, C, h, w]`` as they go through a network together: on a CPU a few at a time.
+
+    Activations of more lie outside its caches, in memory that is asked for anew each time.
+    """
+    if device.type != "cpu":
+        return [images]
+    return images.split(max(1, _PIXELS // images[0, 0].numel()) if len(images) else 1)
 
 
 def crop_features(
