@@ -150,7 +150,7 @@ def extract_with(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             made = [
                 describe(backbone.preprocess(piece.to(device, non_blocking=True)))
-                for piece in _pieces(images, device)
+                for piece in _pieces(images, device, len(images))
             ]
         return {name: torch.cat([piece[name] for piece in made]) for name in made[0]}
 
@@ -167,14 +167,15 @@ def extract_with(
         )
 
 
-def _pieces(images: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """Images ``[N, C, h, w]`` as they go through a network together: on a CPU a few at a time.
+def _pieces(images: Tensor, device: torch.device, most: int) -> Sequence[Tensor]:
+    """Images ``[N, C, h, w]`` as they go through a network together, at most `most` at a time.
 
-    Activations of more lie outside its caches, in memory that is asked for anew each time.
+    On a CPU a few: activations of more lie outside its caches, in memory that is asked for anew
+    each time.
     """
-    if device.type != "cpu":
-        return [images]
-    return images.split(max(1, _PIXELS // images[0, 0].numel()) if len(images) else 1)
+    if device.type == "cpu":
+        most = min(most, _PIXELS // images[0, 0].numel()) if len(images) else 1
+    return images.split(max(1, most))
 
 
 def crop_features(
@@ -203,7 +204,7 @@ def crop_features(
     with evaluation_mode(backbone, device, precision):
         for batch in batches:
             pieces: dict[str, list[Tensor]] = {name: [] for name in parts}
-            for crops in batch.crops.global_crops[0].split(batch_size):
+            for crops in _pieces(batch.crops.global_crops[0], device, batch_size):
                 with (
                     torch.no_grad(),
                     torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),

@@ -23,7 +23,8 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),  # larger blocks go back at once; glibc's largest value
     "MALLOC_TRIM_THRESHOLD_": str(2**62),
 }
-_MALLOPT = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**25), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}  # malloc.h
+# malloc.h: the option's number, and its value as an int, in which -1 stands for never.
+_MALLOPT = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**25), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}
 
 
 def with_defaults(environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_kd import features
 from dino_kd.data.specs import make_dataset
 from dino_kd.errors import ConfigError, DataError
 from dino_kd.features import default_resize, extract_features, pixel_features
@@ -44,6 +45,20 @@ def by_hand(folder, i, size):
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
     return np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1)
+
+
+def test_a_cpu_takes_a_few_images_at_a_time(folder, backbone, monkeypatch):
+    """Four of 16 px here; the features of all come out, in order."""
+    whole = extract_features(backbone, make_dataset(str(folder)), size=16, batch_size=100)
+    monkeypatch.setattr(features, "_PIXELS", 4 * 16 * 16)
+    seen = []
+    backbone.net.patch_embed.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    parted = extract_features(backbone, make_dataset(str(folder)), size=16, batch_size=100)
+    assert seen == [4, 2]
+    torch.testing.assert_close(parted.features, whole.features)
+    assert [
+        len(p) for p in features._pieces(torch.zeros(6, 3, 16, 16), torch.device("cuda"), 5)
+    ] == [5, 1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -41,6 +41,5 @@ class Colouring:
 
 @functools.cache
 def _compiled(change: str) -> Callable[..., None]:
-    return torch.compile(
-        torch_colour.CHANGES[change], dynamic=True
-    )  # their number differs from batch to batch
+    # How many crops have it differs from batch to batch.
+    return torch.compile(torch_colour.CHANGES[change], dynamic=True)

@@ -37,7 +37,9 @@ class SourceSettings(Settings):
 class BackboneSettings(SourceSettings):
     """Which network, and how it runs."""
 
-    batch_size: PositiveInt = setting(256, "Images per forward pass and process.", unit="images")
+    batch_size: PositiveInt = setting(
+        256, "Images per batch and process; a CPU takes them a few at a time.", unit="images"
+    )
     num_workers: Auto | Annotated[int, Field(ge=0)] = setting("auto", "Loader processes.")
     device: Text = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["auto", "bf16", "fp32"] = setting("fp32", "Arithmetic of the forward pass.")

@@ -77,7 +77,9 @@ class CopydetectConfig(BenchmarkSettings):
     image_size: PositiveInt = setting(
         320, "Side of the square that images are stretched to; whole patches of it.", unit="px"
     )
-    batch_size: PositiveInt = setting(32, "Images per forward pass and process.", unit="images")
+    batch_size: PositiveInt = setting(
+        32, "Images per batch and process; a CPU takes them a few at a time.", unit="images"
+    )
     features: Parts = setting(
         "cls+gem", "The network's output, its GeM-pooled patches, or both side by side."
     )
