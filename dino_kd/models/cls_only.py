@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.models.fused_mlp import MLP
 from dino_kd.models.plain_attention import ATTENTION
-from dino_kd.models.watched import is_watched
+from dino_kd.models.watched import called_as, is_watched, unsharded_class
 from dino_kd.products import LINEAR
 
 ROWS_READ = {VisionTransformer: 1, VisionTransformerDistilled: 2}  # by the output
@@ -59,7 +59,8 @@ def class_feature(net: Any, x: Tensor) -> Tensor:
     else:
         for block in before:
             tokens = block(tokens)
-    return net.forward_head(net.norm(_first_rows(net.blocks[-1], tokens, ROWS_READ[type(net)])))
+    rows = called_as(_first_rows, net.blocks[-1], tokens, ROWS_READ[type(net)])
+    return net.forward_head(net.norm(rows))
 
 
 def embed(net: Any, x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def reads_class_token(net: Any) -> bool:
 
 def is_standard(block: Any) -> bool:
     """timm's block, of parts that all are known here."""
-    if type(block) is not Block or not _has_parts(block, _BLOCK):
+    if unsharded_class(block) is not Block or not _has_parts(block, _BLOCK):
         return False
     if type(block.attn) not in ATTENTION or not _has_parts(block.attn, _ATTENTION):
         return False

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dino_kd.models.watched import is_watched
+from dino_kd.models.watched import is_watched, unsharded_class
 
 Program = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -27,7 +27,7 @@ def compile_blocks(net: nn.Module) -> int:
 
     The first step of every input shape compiles. A block with a hook inside runs as it was.
     """
-    blocks = [module for module in net.modules() if type(module) is Block]
+    blocks = [module for module in net.modules() if unsharded_class(module) is Block]
     for block in blocks:
         block.forward = functools.partial(_forward, block)  # type: ignore[method-assign]
     return len(blocks)

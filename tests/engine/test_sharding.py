@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.torch_version import TorchVersion
 
 from dino_kd.data.multicrop import Crops
@@ -15,7 +16,9 @@ from dino_kd.engine.loop import FitOptions, Progress, fit
 from dino_kd.engine.optim import make_optimizer, parameter_groups
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import ConfigError
+from dino_kd.models import compiled_blocks
 from dino_kd.models.backbone import create_backbone
+from dino_kd.models.compiled_blocks import compile_blocks
 from dino_kd.models.head import DINOHead
 from dino_kd.tasks.dino import DinoTask
 from tests.two_ranks import cpus_can_shard, on_two_ranks
@@ -33,6 +36,7 @@ SCENARIOS = {
     "batch_norm": {"batch_norm": True, "unit_prototypes": False, "optimizer": "sgd", "steps": 5},
     "recompute": {"recompute": True, "steps": 5},
     "bf16": {"precision": "bf16", "steps": 4},
+    "compiled": {"compiles": True, "steps": 5},
 }
 
 
@@ -52,7 +56,7 @@ class Rows:
         pass
 
 
-def make_task(recompute=False, **head):
+def make_task(recompute=False, compiles=False, **head):
     torch.manual_seed(0)
     args = {"depth": 2, "embed_dim": 24, "num_heads": 2}
     backbone = create_backbone("vit_tiny_patch16_224", img_size=16, patch_size=4, args=args)
@@ -64,10 +68,20 @@ def make_task(recompute=False, **head):
     )
 
 
-def share_out(task):
+def share_out(task, compiles=False):
     student, teacher = task.student, task.teacher
     sharding.shard([student.backbone, student.head, teacher.backbone, teacher.head], CPU)
+    if compiles:
+        assert [compile_blocks(n.backbone.net) for n in (student, teacher)] == [2, 2]
     return task.to(CPU)
+
+
+def programs_without_a_compiler():
+    """What torch.compile traces, run as it is; returns the count of programs."""
+    counter = CompileCounterWithBackend("eager")
+    program = torch.compile(compiled_blocks._block, dynamic=False, backend=counter)
+    compiled_blocks._program = lambda: program
+    return counter
 
 
 def my_crops(step):
@@ -126,7 +140,7 @@ def outcome(task, rows, optim):
 
 
 def network_options(scenario):
-    names = ("batch_norm", "unit_prototypes", "recompute")
+    names = ("batch_norm", "unit_prototypes", "recompute", "compiles")
     return {k: v for k, v in scenario.items() if k in names}, {
         k: v for k, v in scenario.items() if k not in names
     }
@@ -137,9 +151,11 @@ def on_each_rank(folder, rank):
         if not cpus_can_shard():
             return
         found = {}
+        programs = programs_without_a_compiler()
         for name, scenario in SCENARIOS.items():
             head, options = network_options(scenario)
-            for mode, place in (("ddp", lambda task: task), ("sharded", share_out)):
+            shares = functools.partial(share_out, compiles=scenario.get("compiles", False))
+            for mode, place in (("ddp", lambda task: task), ("sharded", shares)):
                 task = place(make_task(**head))
                 rows, task, optim = train(task, **options)
                 found[name, mode] = outcome(task, rows, optim)
@@ -148,11 +164,28 @@ def on_each_rank(folder, rank):
         torch.distributed.broadcast_object_list(saved, src=0)
         rows, again, optim = train(share_out(make_task()), start=10, steps=20, restore=saved[0])
         found["resumed"] = outcome(again, first + rows, optim)
+        found["programs"] = programs.frame_count
+        found["short"] = rows_of_the_last_block()
         found["local"] = local_sizes(*train(share_out(make_task()), steps=4)[1:])
         copies = whole_copies()
         if rank == 0:
             found["whole"] = copies
         torch.save(found, folder / f"{rank}.pt")
+
+
+def rows_of_the_last_block():
+    """Tokens that its MLP is given: in training, and in a forward pass somebody listens to."""
+    task = share_out(make_task())
+    block = task.student.backbone.net.blocks[-1]
+    rows = []
+    inner = block.mlp.fc1.forward
+    block.mlp.fc1.forward = lambda x: (rows.append(x.shape[1]), inner(x))[1]
+    train(task, steps=1)
+    heard = []
+    hook = block.register_forward_hook(lambda module, inputs, output: heard.append(output.shape[1]))
+    task.student.backbone(torch.rand(1, 3, 16, 16))
+    hook.remove()
+    return {"trained": rows[:-1], "listened": rows[-1:] + heard}
 
 
 def local_sizes(task, optim):
@@ -213,6 +246,17 @@ def test_sharded_steps_equal_ddp_and_one_process(found, name):
     """Losses, gradient norms, student, teacher and centre, up to the order of additions."""
     assert_same(found[0][name, "sharded"], found[0][name, "ddp"])
     assert_same(found[0][name, "sharded"], alone(name))
+
+
+def test_blocks_of_sharded_networks_share_their_programs(found):
+    """One for each: teacher, and student on crops of two sizes."""
+    assert found[0]["programs"] == 3
+
+
+def test_the_last_block_of_a_sharded_network_computes_one_token(found):
+    """All of them where a hook waits for its output."""
+    assert found[0]["short"]["trained"] == [1, 1]
+    assert found[0]["short"]["listened"] == [17, 17]
 
 
 def test_batch_norm_statistics_equal_those_of_ddp(found):
