@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from dino_kd.process import prepare_process
 
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
+# Seconds by which the main process of a job is ahead in telling an error. Most are the same in all
+# processes: torchrun then ends the others before they repeat it.
+HEAD_START = 3.0
 
 MainFunction = Callable[[list[str]], "int | None"]
 
@@ -73,10 +77,12 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
     except HelpRequested as asked:
         return _print_quietly(str(asked))
     except Interrupted as stopped:  # somebody asked for it: no error
-        if os.environ.get("RANK", "0") == "0":  # all processes of a job have agreed on it
+        if _is_main():  # all processes of a job have agreed on it
             print(stopped, file=sys.stderr)
         return stopped.exit_code
     except UserError as error:
+        if not _is_main():
+            time.sleep(HEAD_START)
         _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -135,6 +141,11 @@ def _command_help(name: str) -> str:
         "Settings are those of 'dino-kd pretrain'; seed=1 for another run, run_dir=FOLDER to keep\n"
         "it elsewhere than in runs/demo, which the next demo replaces."
     )
+
+
+def _is_main() -> bool:
+    """Whether this is the main process of a job, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_quietly(text: str) -> int:

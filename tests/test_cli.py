@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,21 @@ def test_a_job_says_once_that_it_stopped(
     monkeypatch.setenv("RANK", rank)
     assert cli.run(stop, []) == Interrupted.exit_code
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_main_process_of_a_job_tells_an_error_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    def fail(argv: list[str]) -> int:
+        raise UserError("no such file")
+
+    waits: list[tuple[float, str]] = []
+    monkeypatch.setattr(time, "sleep", lambda s: waits.append((s, capsys.readouterr().err)))
+    monkeypatch.setenv("RANK", rank)
+    assert cli.run(fail, []) == UserError.exit_code
+    assert waits == ([] if rank == "0" else [(cli.HEAD_START, "")])  # nothing was said before
+    assert capsys.readouterr().err == "error: no such file\n"
 
 
 @pytest.mark.parametrize("with_module", [False, True])
