@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,18 +162,19 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def _broken(text: str, width: int, font: Font, ruler: ImageDraw.ImageDraw) -> list[str]:
-    """Text as at most five lines of `width` pixels, broken at spaces, long words anywhere."""
+    """Text as at most five lines of `width` pixels.
+
+    Broken at spaces and behind the signs that join a file name's words; long words anywhere.
+    """
     lines = [""]
-    for word in text.split():
-        if lines[-1] and ruler.textlength(f"{lines[-1]} {word}", font) <= width:
-            lines[-1] += f" {word}"
-            continue
-        if lines[-1]:
+    for part in re.findall(r"[^\s/_-]*[\s/_-]+|[^\s/_-]+", " ".join(text.split())):
+        if lines[-1] and ruler.textlength(lines[-1] + part.rstrip(), font) > width:
             lines.append("")
-        for letter in word:
-            if ruler.textlength(lines[-1] + letter, font) > width:
+        for letter in part:
+            if ruler.textlength((lines[-1] + letter).rstrip(), font) > width:
                 lines.append("")
             lines[-1] += letter
+    lines = [line.strip() for line in lines]
     return lines if len(lines) <= 5 else [*lines[:2], "...", *lines[-2:]]
 
 

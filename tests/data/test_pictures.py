@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from dino_kd.data import pictures
 from dino_kd.data.pictures import Cell, save_contact_sheet, save_picture
 
 
@@ -64,6 +66,27 @@ def test_long_names_are_broken_into_lines(tmp_path):
     picture = solid((200, 0, 0), 20, 120)
     save_contact_sheet([("a", [picture])], tmp_path / "a.png", row_names=["name" * 200])
     assert pixels(tmp_path / "a.png").shape[1] < 120 + 200
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("n02017213_European_gallinule.JPEG", ["n02017213_", "European_", "gallinule.JPEG"]),
+        ("two words", ["two words"]),
+        ("hen-of-the-woods.JPEG", ["hen-of-the-", "woods.JPEG"]),
+        ("a" * 20, ["a" * 14, "a" * 6]),
+        ("one two three four", ["one two three", "four"]),
+        ("", [""]),
+    ],
+)
+def test_names_are_broken_between_their_words(name, lines):
+    class Ruler:
+        """Every letter is a pixel wide."""
+
+        def textlength(self, text, font):
+            return len(text)
+
+    assert pictures._broken(name, 14, None, Ruler()) == lines
 
 
 def test_one_picture_is_written_as_it_is(tmp_path):
