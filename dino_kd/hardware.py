@@ -1,4 +1,4 @@
-"""What the hardware multiplies natively: asked by whoever chooses between fp32 and bf16."""
+"""What the hardware computes natively: asked by whoever chooses between fp32, bf16 and float64."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and cpu_has_bf16()
+
+
+def widest(values: torch.Tensor) -> torch.Tensor:
+    """`values` in float64, or in float32 on Apple's MPS, which has none."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def cpu_has_bf16() -> bool:

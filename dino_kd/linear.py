@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_kd.distributed import all_reduce_sum, is_grouped
+from dino_kd.hardware import widest
 from dino_kd.products import linear
 
 TOP = 5
@@ -153,7 +154,7 @@ class Tally:
         hits = [((place < k) & is_number).sum(0) for k in (1, TOP)]
         loss = -F.log_softmax(logits.float(), dim=2).gather(2, truth).squeeze(2)
         self._hits += torch.stack(hits).cpu()
-        self._loss += loss.double().sum(0).cpu()
+        self._loss += widest(loss).sum(0).cpu()
         self._count += len(labels)
 
     def scores(self) -> list[Score]:

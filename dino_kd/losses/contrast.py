@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_kd.distributed import all_gather_rows, all_reduce_sum
+from dino_kd.hardware import widest
 from dino_kd.losses.numerics import require_same_shape, unit, without_autocast
 
 
@@ -223,7 +224,7 @@ class MemoryBank(nn.Module):
         if self.z_student > 0:
             return self.z_student, self.z_teacher
         pairs = ((student, teacher, teacher_negatives), (teacher, student, student_negatives))
-        sums = [(_scores(*pair) / temperature).double().exp().sum() for pair in pairs]
+        sums = [widest(_scores(*pair) / temperature).exp().sum() for pair in pairs]
         count = sums[0].new_tensor(len(student) * (1 + student_negatives.shape[1]))
         packed = all_reduce_sum(torch.stack([*sums, count]))  # [3]
         self._z_sums.append(packed)

@@ -98,8 +98,8 @@ def dkd_loss(
     student, teacher = student.float(), teacher.detach().float()
     largest, target = shares.detach().max(1)  # [B], [B]
     is_target = F.one_hot(target, student.shape[1]).bool()  # [B, Y]
-    of_student = _decoupled(student / temperature, is_target)
-    of_teacher = _decoupled(teacher / temperature, is_target)
+    of_student = _decoupled(student / temperature, target, is_target)
+    of_teacher = _decoupled(teacher / temperature, target, is_target)
     binary = kl_rows(of_teacher[0], of_student[0])  # [B]
     # the target's own entry is finite, and has no weight
     weights = of_teacher[1].masked_fill(is_target, -math.inf).exp()  # [B, Y]
@@ -109,11 +109,11 @@ def dkd_loss(
     return temperature**2 * rows.mean()
 
 
-def _decoupled(scaled: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+def _decoupled(scaled: Tensor, target: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     """``[B, 2]``: log of target's and rest's share; ``[B, Y]``: log shares within the rest."""
     log_total = torch.logsumexp(scaled, 1, keepdim=True)  # [B, 1]
     log_rest = torch.logsumexp(scaled.masked_fill(is_target, -math.inf), 1, keepdim=True)
-    of_target = scaled[is_target][:, None]  # [B, 1]
+    of_target = scaled.gather(1, target[:, None])  # [B, 1]
     return torch.cat([of_target, log_rest], 1) - log_total, scaled - log_rest
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_kd.hardware import widest
 from dino_kd.losses.numerics import kl_rows, require_rows, unit, without_autocast
 
 _NEAR = 1e-12  # squared distance, in units of the batch's variance; below it: duplicates
@@ -33,13 +34,12 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         no gradient. ValueError for other shapes.
     """
     require_rows(student, teacher, 2)
-    others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
     with without_autocast(student):
         psi = []
         for features in (student, teacher.detach()):
-            distances = _squared_distances(_gram(features)).clamp(min=_NEAR).sqrt()[others]
-            psi.append(distances / distances.mean())
-        return F.smooth_l1_loss(psi[0], psi[1]).float()
+            distances = _squared_distances(_gram(features)).clamp(min=_NEAR).sqrt()
+            psi.append(distances / _mean_of_others(distances))
+        return _mean_of_others(F.smooth_l1_loss(psi[0], psi[1], reduction="none")).float()
 
 
 def rkd_angle_loss(student: Tensor, teacher: Tensor, max_anchors: int = 128) -> Tensor:
@@ -84,14 +84,24 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, max_anchors: int = 128) -> 
 def _gram(features: Tensor) -> Tensor:
     """``Z Z^T`` in float64 of centred features with mean squared length 1 (0 if all are equal).
 
-    Distances come as differences of its entries; in float32, or TF32 on a GPU, near images would
-    have none. The divisor has no gradient: neither form of RKD depends on the scale.
+    Distances come as differences of its entries; in float32 (which Apple's MPS is left with), or
+    TF32 on a GPU, near images would have none. The divisor has no gradient: neither form of RKD
+    depends on the scale.
     """
-    centred = features.float().double()
+    centred = widest(features.float())
     centred = centred - centred.mean(0)
     size = centred.detach().square().sum(1).mean().sqrt()
     centred = centred / torch.where(size > 0, size, 1)
     return centred @ centred.T
+
+
+def _mean_of_others(pairs: Tensor) -> Tensor:
+    """The mean of ``[B, B]`` without its diagonal.
+
+    By a sum: picking them out would make the host wait for a GPU, to learn how many there are.
+    """
+    count = len(pairs)
+    return (pairs.sum() - pairs.diagonal().sum()) / (count * (count - 1))
 
 
 def _squared_distances(gram: Tensor) -> Tensor:
@@ -114,14 +124,13 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError for other shapes.
     """
     require_rows(student, teacher, 2)
-    others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
     with without_autocast(student):
         of_student, of_teacher = (
             unit(features - features.mean(0))
             for features in (student.float(), teacher.detach().float())
         )
         difference = of_student @ of_student.T - of_teacher @ of_teacher.T  # [B, B]
-        return difference[others].square().mean()
+        return _mean_of_others(difference.square())
 
 
 def token_relation_loss(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Tensor:

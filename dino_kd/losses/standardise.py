@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dino_kd.hardware import widest
 from dino_kd.losses.numerics import without_autocast
 
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
@@ -48,7 +49,7 @@ class _Affine(nn.Module):
             raise ValueError(f"features must be [M, {dim}], got {list(features.shape)}")
         if len(features) < 2:
             raise ValueError(f"a variance needs at least 2 rows of features, got {len(features)}")
-        values = features.detach().double()
+        values = widest(features.detach())
         if not values.isfinite().all():
             raise ValueError("features to be standardised must be finite")
         return values
