@@ -65,8 +65,8 @@ class _PlainAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, heads: int, scale: float) -> Tensor:
         ordered = _by_head(qkv, 3, heads)  # [3, N * heads, T, d]
         query, key, value = ordered.unbind()
-        query.mul_(scale)
-        probabilities = _softmax(torch.bmm(query, key.transpose(1, 2)))
+        scores = query.new_empty(len(query), query.shape[1], key.shape[1])
+        probabilities = _softmax(_multiply(query, key.transpose(1, 2), scale, scores))
         ctx.save_for_backward(ordered, probabilities)
         ctx.heads, ctx.scale = heads, scale
         return _by_token(torch.bmm(probabilities, value)[None], heads)
@@ -80,9 +80,8 @@ class _PlainAttention(torch.autograd.Function):
         made = torch.empty_like(ordered)
         torch.bmm(probabilities.transpose(1, 2), seen, out=made[2])
         scores = _softmax_gradient(torch.bmm(seen, value.transpose(1, 2)), probabilities)
-        torch.bmm(scores, key, out=made[0])
-        made[0].mul_(ctx.scale)
-        torch.bmm(scores.transpose(1, 2), query, out=made[1])
+        _multiply(scores, key, ctx.scale, made[0])
+        _multiply(scores.transpose(1, 2), query, ctx.scale, made[1])
         return _by_token(made, ctx.heads), None, None
 
 
@@ -95,6 +94,11 @@ def _by_head(x: Tensor, parts: int, heads: int) -> Tensor:
 def _by_token(x: Tensor, heads: int) -> Tensor:
     """``[parts, N * heads, T, d]`` -> ``[N, T, parts * heads * d]``, a copy."""
     return x.unflatten(1, (-1, heads)).permute(1, 3, 0, 2, 4).flatten(2)
+
+
+def _multiply(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
+    """``scale * left @ right`` into `out`, scaled before it is rounded and without another pass."""
+    return out.baddbmm_(left, right, beta=0, alpha=scale)  # 0: whatever `out` holds is not read
 
 
 def _softmax(scores: Tensor) -> Tensor:

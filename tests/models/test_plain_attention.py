@@ -138,3 +138,14 @@ def test_it_is_taken_for_bf16_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) ->
         assert {type(b.attn) for b in backbone.net.blocks} == {plain_attention.PlainAttention}
         assert set(backbone.state_dict()) == set(create_backbone(
             "vit_tiny_patch16_224", img_size=32, args=TINY).state_dict())  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(6, 17, 64, 17), (2, 65, 64, 65), (1, 1, 4, 3)])
+def test_a_scaled_product_reads_nothing_of_where_it_goes(shape):
+    batch, rows, inner, columns = shape
+    left = torch.randn(batch, rows, inner).bfloat16()
+    right = torch.randn(batch, columns, inner).bfloat16().transpose(1, 2)
+    out = torch.full((batch, rows, columns), float("nan"), dtype=torch.bfloat16)
+    exact = 0.3 * (left.double() @ right.double())
+    assert plain_attention._multiply(left, right, 0.3, out) is out
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=2**-8)
