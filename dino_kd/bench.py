@@ -79,13 +79,14 @@ def measure_all(timed: Timed) -> dict[str, Any]:
     settings, device, precision = timed.training.settings, timed.device, timed.options.precision
     with contextlib.closing(timed.batches()) as batches:
         loader, held = measure_loader(batches, timed)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     alone = timed.measure(itertools.cycle(held))
     flops = count_flops(lambda: timed.run(itertools.cycle(held), steps=1))
+    if device.type == "cuda":  # what counts operations runs uncompiled, and needs more
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.closing(timed.batches()) as batches:
         both = timed.measure(batch.crops for batch in batches)
-    peak = peak_of(device, precision)
+    memory = peak_memory(device)
+    peak = peak_of(device, precision)  # may multiply large matrices to know
     speed = Speed(
         loader=loader,
         step=alone.images_per_s,
@@ -100,7 +101,7 @@ def measure_all(timed: Timed) -> dict[str, Any]:
         "mfu": speed.mfu,
         "flops_per_step_and_process": flops,
         "peak": dataclasses.asdict(peak),
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": memory,
         "bottleneck": kind,
         "sentence": sentence,
         "processes": world_size(),

@@ -6,8 +6,10 @@ The same command runs as plain `python` (no process group) and under torchrun (n
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +22,12 @@ if TYPE_CHECKING:  # its import takes long, and only sharded networks need it
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+# How long processes wait for one that works alone (packs images, fits classifiers). Those of nccl
+# would give up after 10 minutes; of a process that has died, torchrun and Slurm tell them.
+_PATIENCE = datetime.timedelta(days=1)
+# Seconds in which a group's threads let go of the last tensors, for which they need Python's lock.
+# PyTorch 2.6 holds that lock while it waits for the end of these threads: forever.
+_LET_GO = 0.1
 _meshes: list[DeviceMesh] = []
 
 
@@ -36,11 +44,13 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     joins = grouped and not dist.is_initialized()  # a part of a larger job leaves the group to it
     if joins:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield device
     finally:
         if joins and dist.is_initialized():
+            time.sleep(_LET_GO)
             dist.destroy_process_group()
             _end_threads()
 
@@ -184,14 +194,14 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
         return rows
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mine = rows.to(device).contiguous()
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(mine)], device=device))
-    longest = int(max(counts))
-    padded = mine.new_zeros((longest, *mine.shape[1:]))
+    held = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(held, torch.tensor([len(mine)], device=device))
+    counts = torch.cat(held).tolist()
+    padded = mine.new_zeros((max(counts), *mine.shape[1:]))
     padded[: len(mine)] = mine
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
-    parts = [part[: int(n)] for part, n in zip(gathered, counts, strict=True)]
+    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
     return torch.cat(parts).to(rows.device)
 
 

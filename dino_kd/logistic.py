@@ -18,6 +18,7 @@ from torch import Tensor
 from dino_kd.classifiers import CHUNK, LinearClassifier
 
 HISTORY = 20  # pairs of steps that L-BFGS remembers
+_SCORES = 2**26  # of images for classes, held at a time: 256 MB in float32
 
 
 @dataclass
@@ -142,21 +143,19 @@ class _Problem:
         count, dtype = len(self.labels), self.rotated.dtype
         values = unknowns * self.scale
         weight, bias = values[:, :-1], values[:, -1]
-        logits = torch.addmm(bias.to(dtype), self.rotated, weight.to(dtype).T)  # [N, Y]
-        log_sum = logits.logsumexp(1, keepdim=True)
-        at_label = logits.gather(1, self.labels[:, None])
-        loss = (log_sum - at_label).sum(dtype=torch.float64) / count
-        loss = loss + self.penalty / 2 * weight.square().sum()
-        residual = logits.sub_(log_sum).exp_()  # probs [N, Y]
-        residual.scatter_add_(1, self.labels[:, None], -torch.ones_like(at_label))
-        # residual.T first: five times as fast on a CPU as rotated.T @ residual
-        gradient = torch.cat(
-            [
-                (residual.T @ self.rotated).double() / count + self.penalty * weight,
-                residual.sum(0, dtype=torch.float64)[:, None] / count,
-            ],
-            dim=1,
-        )
+        loss = self.penalty / 2 * weight.square().sum()
+        gradient = torch.cat([self.penalty * weight, torch.zeros_like(bias[:, None])], 1)
+        rows = max(1, _SCORES // len(bias))  # of millions of images not all scores at once
+        for x, labels in zip(self.rotated.split(rows), self.labels.split(rows), strict=True):
+            logits = torch.addmm(bias.to(dtype), x, weight.to(dtype).T)  # [n, Y]
+            log_sum = logits.logsumexp(1, keepdim=True)
+            at_label = logits.gather(1, labels[:, None])
+            loss = loss + (log_sum - at_label).sum(dtype=torch.float64) / count
+            residual = logits.sub_(log_sum).exp_()  # probs [n, Y]
+            residual.scatter_add_(1, labels[:, None], -torch.ones_like(at_label))
+            # residual.T first: five times as fast on a CPU as x.T @ residual
+            gradient[:, :-1] += (residual.T @ x).double() / count
+            gradient[:, -1] += residual.sum(0, dtype=torch.float64) / count
         return loss, gradient * self.scale
 
 

@@ -17,6 +17,17 @@ from dino_kd.tasks.dino import DinoTask
 from tests.two_ranks import on_two_ranks
 
 
+def test_processes_wait_for_one_that_works_alone_for_long(monkeypatch):
+    """Not for 10 minutes, after which nccl would end the job."""
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **kw: asked.update(kw))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with process_group("cpu"):
+        pass
+    assert asked["timeout"].total_seconds() >= 24 * 3600
+
+
 def in_a_group(work, rank):
     with process_group("cpu"):
         work(rank)

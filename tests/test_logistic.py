@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from dino_kd import logistic
 from dino_kd.classifiers import CHUNK, accuracy
 from dino_kd.logistic import fit_logistic
 
@@ -99,6 +100,19 @@ def test_rotation_in_chunks_and_constant_dimensions_change_nothing():
     (more,) = fit_logistic(padded, labels, 3, [1.0], tolerance=1e-8)
     torch.testing.assert_close(more.weight[:, :4], plain.weight, atol=1e-5, rtol=1e-5)
     assert more.weight[:, 4:].abs().max() < 1e-8
+
+
+def test_scores_that_are_formed_in_parts_give_the_same_loss_and_gradient(monkeypatch):
+    features, labels = correlated(700, 4, 3)
+    axes = logistic._principal_axes(features)
+    problem = logistic._Problem(axes.rotate(features), labels, 3, axes.variances, 0.1)
+    unknowns = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = problem.loss_and_gradient(unknowns)
+    monkeypatch.setattr(logistic, "_SCORES", 3 * 64)
+    largest, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a: (largest.append(len(a[1])), addmm(*a))[1])
+    torch.testing.assert_close(problem.loss_and_gradient(unknowns), whole, rtol=1e-12, atol=1e-14)
+    assert largest == [64] * 10 + [60]
 
 
 def test_features_without_information_give_the_frequencies():

@@ -77,7 +77,8 @@ class Views:
         labels: int64 ``[B]``; -1: no label is known.
         indices: int64 ``[B]``, which images of the data set.
         mix: None: images stay as they are.
-        partners, partner_labels: what is mixed in, of the same shapes.
+        partners, partner_labels: what is mixed in, of the same shapes; None: each image's neighbour
+            in the batch, which the device finds for itself.
         answers: of each teacher to the mixed images, when they come from a cache; by name.
     """
 
@@ -91,35 +92,34 @@ class Views:
 
     @classmethod
     def of(cls, batch: CropBatch, labels: Tensor, mix: Mix | None) -> Views:
-        """The single global crop of every image; its partner is its neighbour in the batch.
+        """The single global crop of every image.
 
         `labels` are those of all images ``[N]``. An image that stands in for a broken one brings
         its own label.
         """
         (images,) = batch.crops.global_crops
-        views = cls(images, labels[batch.indices], batch.indices, mix)
-        if mix is not None:
-            views.partners, views.partner_labels = images.roll(1, 0), views.labels.roll(1, 0)
-        return views
+        return cls(images, labels[batch.indices], batch.indices, mix)
 
     def pixels(self) -> Tensor:
         """The mixed images, float32 ``[B, C, H, W]`` in 0..255."""
         pixels = self.images.float()
-        if self.mix is None or self.partners is None:
+        if self.mix is None:
             return pixels
+        partners = _neighbours(self.images) if self.partners is None else self.partners
         if self.mix.box is None:
-            return pixels.mul_(self.mix.own).add_(self.partners, alpha=1 - self.mix.own)
+            return pixels.mul_(self.mix.own).add_(partners, alpha=1 - self.mix.own)
         top, left, height, width = self.mix.box
         rows, columns = slice(top, top + height), slice(left, left + width)
-        pixels[..., rows, columns] = self.partners[..., rows, columns].float()
+        pixels[..., rows, columns] = partners[..., rows, columns].float()
         return pixels
 
     def shares(self, num_classes: int) -> Tensor:
         """Class shares ``[B, Y]`` of the mixed images; what has no label adds nothing."""
         own = _one_hot(self.labels, num_classes)
-        if self.mix is None or self.partner_labels is None:
+        if self.mix is None:
             return own
-        other = _one_hot(self.partner_labels, num_classes)
+        partners = self.partner_labels
+        other = _one_hot(_neighbours(self.labels) if partners is None else partners, num_classes)
         return self.mix.own * own + (1 - self.mix.own) * other
 
     def to(self, device: torch.device) -> Views:
@@ -131,9 +131,15 @@ class Views:
         count = len(self.labels)
         if n < 1 or count % n:
             raise ValueError(f"{count} images cannot be split into {n} equal parts")
-        size = count // n
+        size, whole = count // n, self
+        if self.mix is not None and self.partners is None:  # a part lacks some of the neighbours
+            whole = replace(
+                self,
+                partners=_neighbours(self.images),
+                partner_labels=_neighbours(self.labels),
+            )
         return [
-            self._each(lambda tensor, i=i: tensor[i : i + size])  # type: ignore[misc]
+            whole._each(lambda tensor, i=i: tensor[i : i + size])  # type: ignore[misc]
             for i in range(0, count, size)
         ]
 
@@ -144,6 +150,11 @@ class Views:
         }
         answers = [{name: change(v) for name, v in one.items()} for one in self.answers]
         return replace(self, **kept, answers=answers)
+
+
+def _neighbours(rows: Tensor) -> Tensor:
+    """For each row the one before it; for the first the last."""
+    return rows.roll(1, 0)
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:

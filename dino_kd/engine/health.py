@@ -17,11 +17,36 @@ from torch import Tensor, nn
 def rankme(features: Tensor) -> Tensor:
     """Effective rank of features ``[N, D]``: exp of the entropy of the singular values' shares.
 
-    Between 1 (all features on one line) and min(N, D). A float32 scalar on the CPU.
+    Between 1 (all features on one line) and min(N, D); NaN when a feature is not finite. A float32
+    scalar on the CPU.
     """
-    singular = torch.linalg.svdvals(features.detach().float().cpu())
+    values = features.detach().float().cpu()
+    if not values.isfinite().all():
+        return torch.tensor(math.nan)
+    singular = torch.linalg.svdvals(values)
     shares = singular / singular.sum().clamp(min=1e-12)
     return torch.exp(torch.special.entr(shares).sum())
+
+
+def rankme_later(features: Tensor) -> Callable[[], Tensor]:
+    """`rankme` of what `features` are now, for when it is called: a scalar on their device.
+
+    The CPU takes tens of milliseconds for it. A GPU copies the features for it at once, and may by
+    then have the backward pass to do.
+    """
+    device = features.device
+    if device.type != "cuda":
+        return lambda: rankme(features).to(device)
+    copied = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    copied.copy_(features.detach(), non_blocking=True)
+    has_copied = torch.cuda.Event()
+    has_copied.record()
+
+    def measure() -> Tensor:
+        has_copied.synchronize()
+        return rankme(copied).to(device, non_blocking=True)
+
+    return measure
 
 
 def perplexity(probs: Tensor) -> Tensor:

@@ -28,11 +28,14 @@ from dino_kd.engine.sharding import drop_gathered, is_sharded
 from dino_kd.engine.signals import StopFlag
 from dino_kd.errors import Diverged
 
+# A scalar on the task's device; or what gives it, called when the backward pass has been launched.
+Metric = Tensor | Callable[[], Tensor]
+
 
 class Task(Protocol):
     """What `fit` trains."""
 
-    def __call__(self, batch: Any, values: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Any, values: dict[str, float]) -> tuple[Tensor, dict[str, Metric]]:
         """The mean loss of a batch, and metrics to log (only needed if values["measure"])."""
 
     def after_step(self, values: dict[str, float], skipped: bool) -> None:
@@ -268,7 +271,8 @@ def _accumulate_gradients(
     options: FitOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Backward over all micro-batches; the mean loss and metrics of this process, on the device."""
-    parts = batch.chunk(options.accumulate)
+    # On the device first: a part of a pinned batch is a copy from memory that is not.
+    parts = batch.to(options.device).chunk(options.accumulate)
     losses: list[Tensor] = []
     collected: list[dict[str, Tensor]] = []
     for number, part in enumerate(parts):
@@ -276,10 +280,10 @@ def _accumulate_gradients(
         wait = isinstance(module, DistributedDataParallel) and not is_last
         with module.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(options.precision, options.device):
-                loss, metrics = module(part.to(options.device), values)
+                loss, metrics = module(part, values)
             scaler.scale(loss / len(parts)).backward()
         losses.append(loss.detach())
-        collected.append(metrics)
+        collected.append({name: m() if callable(m) else m for name, m in metrics.items()})
     names = collected[0].keys()
     means = {name: torch.stack([m[name] for m in collected]).mean() for name in names}
     return torch.stack(losses).mean(), means

@@ -108,7 +108,8 @@ def _all_at_once(logits: Tensor, probs: Tensor, temp: float) -> tuple[Tensor, Te
     all_targets = probs.sum(0)  # [B, K]
     own, first = _terms(logits[:num_global], all_targets - probs, num_global - 1, temp)
     others, rest = _terms(logits[num_global:], all_targets, num_global, temp)
-    return own + others, torch.cat([first, rest]).to(logits.dtype)
+    # Each in the logits' type before they meet: the whole is never formed in float32.
+    return own + others, torch.cat([first.to(logits.dtype), rest.to(logits.dtype)])
 
 
 @functools.cache

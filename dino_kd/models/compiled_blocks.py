@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from dino_kd.models.watched import is_watched, unsharded_class
 
+_PROGRAMS = 64
+
 Program = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
@@ -27,6 +29,7 @@ def compile_blocks(net: nn.Module) -> int:
 
     The first step of every input shape compiles. A block with a hook inside runs as it was.
     """
+    _configure()
     blocks = [module for module in net.modules() if unsharded_class(module) is Block]
     for block in blocks:
         block.forward = functools.partial(_forward, block)  # type: ignore[method-assign]
@@ -55,6 +58,19 @@ def _drawn(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 def drops(drop_path: nn.Module) -> bool:
     """Whether it is stochastic depth that draws now."""
     return isinstance(drop_path, DropPath) and drop_path.training and bool(drop_path.drop_prob)
+
+
+def _configure() -> None:
+    """Of torch.compile, for the whole process; these settings have no other place."""
+    import torch._dynamo.config as config
+
+    # Programs of one function, before all further ones run uncompiled without a word. A curriculum
+    # has five for each size: teacher, student's global and local crops, with and without drops.
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), _PROGRAMS))
+    # Would cut every block in two for DDP's sake, which sends gradients early all the same, as
+    # the blocks are programs of their own.
+    config.optimize_ddp = False
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_kd.data.multicrop import Crops
-from dino_kd.engine.health import perplexity, rankme
+from dino_kd.engine.health import perplexity, rankme_later
+from dino_kd.engine.loop import Metric
 from dino_kd.losses.dino import Center, center_and_sharpen, dino_cross_entropy
 from dino_kd.models.backbone import Backbone
 from dino_kd.models.batch_norm import BatchNormStatistics
@@ -99,7 +100,7 @@ class DinoTask(nn.Module):
                     module.train()
         return self
 
-    def forward(self, crops: Crops, values: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, crops: Crops, values: dict[str, float]) -> tuple[Tensor, dict[str, Metric]]:
         """The loss of one micro-batch.
 
         Reads ``values["teacher_temp"]``, ``["freeze_last_layer"]`` and ``["measure"]``.
@@ -130,7 +131,7 @@ class DinoTask(nn.Module):
             "kl": loss.detach() - entropy,
             "prototypes_used": perplexity(teacher_probs.flatten(0, 1)),
             "center_norm": self.center.center.norm(),
-            "rankme": rankme(teacher_features.flatten(0, 1)).to(loss.device),
+            "rankme": rankme_later(teacher_features.flatten(0, 1)),
         }
 
     @torch.no_grad()

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dino_kd.engine.health import DataWait, HealthMonitor, diagnose, perplexity, rankme
+from dino_kd.engine.health import (
+    DataWait,
+    HealthMonitor,
+    diagnose,
+    perplexity,
+    rankme,
+    rankme_later,
+)
 
 HEALTHY = {
     "teacher_entropy": 3.0,
@@ -31,6 +38,19 @@ def test_rankme_equals_numpy():
 def test_rankme_of_identical_rows_is_one_and_of_an_isometry_is_full():
     assert rankme(torch.ones(20, 5)).item() == pytest.approx(1.0, abs=1e-3)
     assert rankme(torch.eye(6)).item() == pytest.approx(6.0, rel=1e-5)
+
+
+def test_rankme_of_features_that_are_not_finite_is_no_number():
+    """And no error: the step that made them is skipped, and the run says why when it ends."""
+    x = torch.eye(6)
+    x[2, 3] = math.nan
+    assert math.isnan(rankme(x).item())
+    assert math.isnan(rankme(torch.full((3, 3), math.inf)).item())
+
+
+def test_rankme_can_be_had_later():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 12)))
+    assert torch.equal(rankme_later(x)(), rankme(x))
 
 
 def test_perplexity_counts_used_prototypes():

@@ -106,6 +106,25 @@ def test_micro_batches_do_not_change_the_result(accumulate):
     assert task.w.item() == pytest.approx(reference.w.item(), rel=1e-6)
 
 
+def test_a_metric_that_takes_long_is_asked_for_behind_the_backward_pass():
+    """By then a GPU has something to do."""
+
+    class Slow(Mean):
+        def forward(self, batch, values):
+            loss, _ = super().forward(batch, values)
+
+            def measure():
+                assert self.w.grad is not None
+                return loss.detach() * 2
+
+            return loss, {"twice": measure} if values["measure"] else {}
+
+    _, _, _, log = run([[1.0] * 4] * 3, 3, task=Slow(), log_every=1, accumulate=2)
+    assert [row["twice"] for row in log.rows.values()] == pytest.approx(
+        [2 * row["loss"] for row in log.rows.values()]
+    )
+
+
 def test_logged_loss_is_the_mean_of_the_steps_since_the_last_row():
     batches = [[float(i)] for i in range(1, 7)]
     _, _, _, every = run(batches, 6, log_every=1)

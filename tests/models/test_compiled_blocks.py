@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
+from dino_kd.data.held import HeldImages
 from dino_kd.engine.compilation import compiler_works
+from dino_kd.engine.hooks import KnnMonitor
+from dino_kd.features import FeatureBank
 from dino_kd.models import compiled_blocks
 from dino_kd.models.attention import attention_maps
 from dino_kd.models.backbone import create_backbone
@@ -68,6 +72,37 @@ def test_hooks_inside_a_block_are_still_called(eager):
     compile_blocks(backbone.net)
     backbone(x)
     torch.testing.assert_close(attention_maps(backbone, x, block=1), expected)
+
+
+def test_scores_within_a_run_compile_nothing(eager):
+    """Their batches have sizes of their own, and each would be a program."""
+    backbone = build(drop_path=0.0)
+    compile_blocks(backbone.net)
+    backbone(torch.randn(6, 3, 32, 32))
+    before = eager.frame_count
+    images = HeldImages(list(np.zeros((5, 32, 32, 3), np.uint8)), list("abcde"), "held")
+    images.labels, images.class_names = np.array([0, 1, 0, 1, 0]), ["x", "y"]
+
+    def extract(network, data, indices):
+        with torch.no_grad():
+            features = network(torch.randn(len(indices), 3, 32, 32))
+        return FeatureBank(features, None, torch.tensor(indices))
+
+    monitor = KnnMonitor(
+        backbone, images, images, extract=extract, every=1, total_steps=1, k=1, max_images=5,
+        say=print,
+    )  # fmt: skip
+    assert 0 <= monitor(1, backbone, {})["knn_top1"] <= 100
+    assert eager.frame_count == before
+
+
+def test_further_sizes_are_compiled_too(eager):
+    """PyTorch's own limit is eight programs, behind which it goes on uncompiled."""
+    backbone = build(drop_path=0.0)
+    compile_blocks(backbone.net)
+    for count in range(1, 13):
+        backbone(torch.randn(count, 3, 32, 32))
+    assert eager.frame_count == 12
 
 
 @pytest.mark.slow
