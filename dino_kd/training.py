@@ -17,6 +17,7 @@ from dino_kd.crop_sizes import (
     crop_policy,
     describe_curriculum,
 )
+from dino_kd.data.ahead import ahead_on
 from dino_kd.data.curriculum import Curriculum
 from dino_kd.data.dataset import ImageDataset
 from dino_kd.data.decoded import check_channels
@@ -79,9 +80,9 @@ class Training:
         return make_schedules(self.settings, self.plan)
 
     def batches(self, start_step: int) -> Generator[CropBatch, None, None]:
-        """This process's share of every batch from `start_step` on."""
+        """This process's share of every batch from `start_step` on, its crops on the device."""
         data = self.settings.data
-        return crop_batches(
+        made = crop_batches(
             self.dataset,
             self.crops,
             batch_size=self.settings.optim.batch_size,
@@ -95,6 +96,7 @@ class Training:
             workers=data.workers,
             renderer=self.renderer,
         )
+        return ahead_on(self.device, made)
 
     def describe(self) -> str:
         """One sentence: what trains where."""
