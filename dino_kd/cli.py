@@ -20,8 +20,8 @@ from dino_kd.process import prepare_process
 
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
-# Seconds by which the main process of a job is ahead in telling an error. Most are the same in all
-# processes: torchrun then ends the others before they repeat it.
+# Seconds by which the main process under torchrun is ahead in telling an error. Most are the same
+# in all processes: torchrun then ends the others before they repeat it.
 HEAD_START = 3.0
 
 MainFunction = Callable[[list[str]], "int | None"]
@@ -81,7 +81,7 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
             print(stopped, file=sys.stderr)
         return stopped.exit_code
     except UserError as error:
-        if not _is_main():
+        if "TORCHELASTIC_RUN_ID" in os.environ and not _is_main():
             time.sleep(HEAD_START)
         _print_error(error)
         return error.exit_code

@@ -152,17 +152,24 @@ def test_a_job_says_once_that_it_stopped(
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_main_process_of_a_job_tells_an_error_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_the_main_process_under_torchrun_tells_an_error_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, torchrun: bool
 ) -> None:
+    """Other launchers may take one that they end while it waits for one that was interrupted."""
+
     def fail(argv: list[str]) -> int:
         raise UserError("no such file")
 
     waits: list[tuple[float, str]] = []
     monkeypatch.setattr(time, "sleep", lambda s: waits.append((s, capsys.readouterr().err)))
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert cli.run(fail, []) == UserError.exit_code
-    assert waits == ([] if rank == "0" else [(cli.HEAD_START, "")])  # nothing was said before
+    waits_for_main = torchrun and rank == "1"
+    assert waits == ([(cli.HEAD_START, "")] if waits_for_main else [])  # nothing was said before
     assert capsys.readouterr().err == "error: no such file\n"
 
 

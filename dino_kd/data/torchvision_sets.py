@@ -148,9 +148,12 @@ def _open(name: str, root: Path, split: str, download: bool, where: str) -> Any:
     if "loader" in parameters:
         options["loader"] = str  # the path itself
     try:
-        return kind(os.fspath(root), **options)
+        images = kind(os.fspath(root), **options)
     except (RuntimeError, OSError, ValueError, EOFError, ModuleNotFoundError) as error:
         raise DataError(_why_not(name, entry, root, split, download, where, error)) from error
+    if hasattr(images, "loader"):  # older versions do not take it as an argument
+        images.loader = str
+    return images
 
 
 def _why_not(

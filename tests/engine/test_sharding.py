@@ -339,6 +339,7 @@ def test_a_single_process_cannot_share():
 def test_what_cannot_be_sharded_is_said(monkeypatch):
     monkeypatch.setattr(sharding, "world_size", lambda: 2)
     monkeypatch.setattr(sharding, "_averages", lambda device: True)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.0"))
     sharding.check_sharding("bf16", "adamw", CPU)
     with pytest.raises(ConfigError, match=r"optim.shard: with optim.precision=fp16 .* use bf16"):
         sharding.check_sharding("fp16", "adamw", torch.device("cuda"))
