@@ -79,8 +79,8 @@ def measure_all(timed: Timed) -> dict[str, Any]:
     settings, device, precision = timed.training.settings, timed.device, timed.options.precision
     with contextlib.closing(timed.batches()) as batches:
         loader, held = measure_loader(batches, timed)
-    alone = timed.measure(itertools.cycle(held))
-    flops = count_flops(lambda: timed.run(itertools.cycle(held), steps=1))
+    alone, flops = measure_step(held, timed)
+    del held  # on a GPU they would count as memory of the training
     if device.type == "cuda":  # what counts operations runs uncompiled, and needs more
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.closing(timed.batches()) as batches:
@@ -252,6 +252,12 @@ def measure_loader(batches: Iterator[CropBatch], timed: Timed) -> tuple[float, l
         if timed.stop.reason:
             raise Interrupted(f"{timed.stop.reason}; nothing was written")
     return clock.steps * timed.options.batch_size / clock.elapsed, held
+
+
+def measure_step(held: list[Crops], timed: Timed) -> tuple[Rate, float]:
+    """The training step alone, on batches that are there; and what it computes, in FLOPs."""
+    alone = timed.measure(itertools.cycle(held))
+    return alone, count_flops(lambda: timed.run(itertools.cycle(held), steps=1))
 
 
 def peak_memory(device: torch.device) -> int:

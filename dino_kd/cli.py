@@ -5,6 +5,7 @@ Commands are named by string and imported when asked for: `--help` never imports
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -81,8 +82,8 @@ def run(main_function: MainFunction, argv: list[str]) -> int:
             print(stopped, file=sys.stderr)
         return stopped.exit_code
     except UserError as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ and not _is_main():
-            time.sleep(HEAD_START)
+        with contextlib.suppress(KeyboardInterrupt):
+            _let_main_go_first()
         _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -146,6 +147,12 @@ def _command_help(name: str) -> str:
 def _is_main() -> bool:
     """Whether this is the main process of a job, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _let_main_go_first() -> None:
+    """Under torchrun alone: other launchers may take a process that they end for interrupted."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not _is_main():
+        time.sleep(HEAD_START)
 
 
 def _print_quietly(text: str) -> int:

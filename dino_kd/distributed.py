@@ -6,8 +6,8 @@ The same command runs as plain `python` (no process group) and under torchrun (n
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +22,12 @@ if TYPE_CHECKING:  # its import takes long, and only sharded networks need it
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
-# How long processes wait for one that works alone (packs images, fits classifiers). Those of nccl
-# would give up after 10 minutes; of a process that has died, torchrun and Slurm tell them.
-_PATIENCE = datetime.timedelta(days=1)
 # Seconds in which a group's threads let go of the last tensors, for which they need Python's lock.
 # PyTorch 2.6 holds that lock while it waits for the end of these threads: forever.
 _LET_GO = 0.1
 _meshes: list[DeviceMesh] = []
+_notes: list[dist.Store] = []  # of the group made here: which broadcasts have begun
+_turns = itertools.count()
 
 
 @contextlib.contextmanager
@@ -44,15 +43,22 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     joins = grouped and not dist.is_initialized()  # a part of a larger job leaves the group to it
     if joins:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        _join("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
         if joins and dist.is_initialized():
+            _notes.clear()
             time.sleep(_LET_GO)
             dist.destroy_process_group()
             _end_threads()
+
+
+def _join(backend: str) -> None:
+    store, number, count = next(dist.rendezvous("env://"))
+    group = dist.PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=group, rank=number, world_size=count)
+    _notes.append(dist.PrefixStore("dino_kd", store))
 
 
 def device_mesh(device: torch.device) -> DeviceMesh:
@@ -163,9 +169,26 @@ def broadcast(value: T) -> T:
     """The main process's small Python value, on every process."""
     if not is_grouped():
         return value
+    _wait_for_main()
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _wait_for_main() -> None:
+    """However long the main process works alone: packs images, fits classifiers.
+
+    A collective would give up on it, nccl's after 10 minutes. Of a process that has died, torchrun
+    and Slurm tell the others.
+    """
+    if not _notes:
+        return  # somebody else's group
+    turn, pause = str(next(_turns)), 0.001
+    if is_main_process():
+        _notes[-1].set(turn, "")
+    while not _notes[-1].check([turn]):  # not `wait`: threads of nccl need the store meanwhile
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def on_main(work: Callable[[], T]) -> T:

@@ -15,8 +15,9 @@ def ahead_on(device: torch.device, batches: Batches) -> Batches:
     """`batches` with their crops on `device`, of a GPU one ahead of the one that is asked for.
 
     Hundreds of megabytes take a GPU milliseconds, which it would otherwise spend between two steps.
-    From pinned memory (else the host waits); what has been rendered on the device passes as it is.
-    Closing this closes `batches`.
+    It holds two batches for it, and three while a new one is asked for. From pinned memory (else
+    the host waits); what has been rendered on the device passes as it is. Closing this closes
+    `batches`.
     """
     return _copied(device, batches) if device.type == "cuda" else batches
 

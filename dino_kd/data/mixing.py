@@ -131,6 +131,8 @@ class Views:
         count = len(self.labels)
         if n < 1 or count % n:
             raise ValueError(f"{count} images cannot be split into {n} equal parts")
+        if n == 1:
+            return [self]  # whose partners the device finds
         size, whole = count // n, self
         if self.mix is not None and self.partners is None:  # a part lacks some of the neighbours
             whole = replace(

@@ -151,7 +151,7 @@ def _open(name: str, root: Path, split: str, download: bool, where: str) -> Any:
         images = kind(os.fspath(root), **options)
     except (RuntimeError, OSError, ValueError, EOFError, ModuleNotFoundError) as error:
         raise DataError(_why_not(name, entry, root, split, download, where, error)) from error
-    if hasattr(images, "loader"):  # older versions do not take it as an argument
+    if hasattr(images, "loader"):  # ImageNet never takes it as an argument
         images.loader = str
     return images
 

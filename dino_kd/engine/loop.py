@@ -271,8 +271,7 @@ def _accumulate_gradients(
     options: FitOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Backward over all micro-batches; the mean loss and metrics of this process, on the device."""
-    # On the device first: a part of a pinned batch is a copy from memory that is not.
-    parts = batch.to(options.device).chunk(options.accumulate)
+    parts = batch.chunk(options.accumulate)
     losses: list[Tensor] = []
     collected: list[dict[str, Tensor]] = []
     for number, part in enumerate(parts):
@@ -280,7 +279,7 @@ def _accumulate_gradients(
         wait = isinstance(module, DistributedDataParallel) and not is_last
         with module.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(options.precision, options.device):
-                loss, metrics = module(part, values)
+                loss, metrics = module(part.to(options.device), values)
             scaler.scale(loss / len(parts)).backward()
         losses.append(loss.detach())
         collected.append({name: m() if callable(m) else m for name, m in metrics.items()})

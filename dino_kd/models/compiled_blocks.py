@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dino_kd.models.watched import is_watched, unsharded_class
 
-_PROGRAMS = 64
+_PROGRAMS = 256
 
 Program = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -64,8 +64,8 @@ def _configure() -> None:
     """Of torch.compile, for the whole process; these settings have no other place."""
     import torch._dynamo.config as config
 
-    # Programs of one function, before all further ones run uncompiled without a word. A curriculum
-    # has five for each size: teacher, student's global and local crops, with and without drops.
+    # Programs of one function, behind which further ones run uncompiled. A curriculum has five for
+    # each size: teacher, and student's global and local crops, each with and without drops.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, max(getattr(config, limit), _PROGRAMS))
     # Would cut every block in two for DDP's sake, which sends gradients early all the same, as

@@ -1,4 +1,8 @@
-"""Whether somebody listens to a module: then nothing may pass it by."""
+"""Whether somebody listens to a module: then nothing may pass it by.
+
+FSDP2, which shares a module out over processes, does not listen: it makes the module whole for the
+time of a call.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,11 @@ from torch import Tensor, nn
 def is_watched(module: nn.Module) -> bool:
     """Somebody waits for this module's inputs, outputs or gradients.
 
-    FSDP2 does not: its hooks gather the parameters that a call of the module needs (`called_as`).
+    FSDP2's own hooks gather the parameters that a call of the module needs: see `called_as`.
     """
     forward = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
     backward = module._backward_hooks or module._backward_pre_hooks
     return bool(backward) or not all(map(_gathers, forward))
-
-
-def is_gathered(module: nn.Module) -> bool:
-    """Whether it is shared out over processes by FSDP2, and whole only while it is being called."""
-    return unsharded_class(module) is not type(module)
 
 
 def unsharded_class(module: nn.Module) -> type[nn.Module]:
@@ -36,7 +35,7 @@ def unsharded_class(module: nn.Module) -> type[nn.Module]:
 
 def called_as(forward: Callable[..., Tensor], module: nn.Module, *inputs: Any) -> Tensor:
     """``forward(module, *inputs)``; of a sharded module within a call, as its own forward pass."""
-    if not is_gathered(module):
+    if unsharded_class(module) is type(module):
         return forward(module, *inputs)
     before = vars(module).get("forward")
     module.forward = partial(forward, module)  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision import datasets
 
@@ -127,6 +128,17 @@ def test_sets_of_picture_files_use_the_library_decoder(tmp_path: Path) -> None:
     assert dataset.labels is not None
     assert dataset.labels.tolist() == [0, 1]
     assert dataset.read(0)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_imagenet_uses_the_library_decoder_too(tmp_path: Path) -> None:
+    """It has no argument for it in any version."""
+    wnids = {"n01440764": ("tench",), "n01530575": ("brambling", "finch")}
+    torch.save((wnids, ["n01440764"]), tmp_path / "meta.bin")
+    for wnid in wnids:
+        (tmp_path / "train" / wnid).mkdir(parents=True)
+        Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(tmp_path / "train" / wnid / "1.png")
+    dataset = make_dataset(f"torchvision:ImageNet:{tmp_path}:train")
+    assert dataset.read(1)[0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("name", sorted(TORCHVISION_SETS))

@@ -1,4 +1,7 @@
-"""No loss of a step asks what a number is: on a GPU the host would wait for the answer."""
+"""No loss function asks what a number is: on a GPU the host would wait for the answer.
+
+CRD's memory bank does, which must find images that were seen twice.
+"""
 
 from __future__ import annotations
 
