@@ -186,9 +186,12 @@ def _wait_for_main() -> None:
     turn, pause = str(next(_turns)), 0.001
     if is_main_process():
         _notes[-1].set(turn, "")
-    while not _notes[-1].check([turn]):  # not `wait`: threads of nccl need the store meanwhile
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
+    # A store that is gone went with the main process, which then had begun; not `wait`: threads of
+    # nccl need the store meanwhile.
+    with contextlib.suppress(dist.DistError):
+        while not _notes[-1].check([turn]):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
 
 
 def on_main(work: Callable[[], T]) -> T:

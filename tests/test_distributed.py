@@ -79,6 +79,25 @@ def test_two_ranks(work):
     on_two_ranks(functools.partial(in_a_group, work))
 
 
+def test_a_store_that_is_gone_ends_the_waiting(monkeypatch):
+    """It went with a main process that had said its word; the collective tells what became of it."""
+
+    class Gone:
+        asked = 0
+
+        def check(self, keys):
+            self.asked += 1
+            if self.asked > 2:
+                raise torch.distributed.DistNetworkError("connection reset by peer")
+            return False
+
+    store = Gone()
+    monkeypatch.setattr(distributed, "_notes", [store])
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
+    distributed._wait_for_main()
+    assert store.asked == 3
+
+
 def test_a_single_process_needs_no_group():
     rows = torch.rand(3, 2)
     assert all_gather_rows(rows) is rows
