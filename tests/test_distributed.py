@@ -80,7 +80,7 @@ def test_two_ranks(work):
 
 
 def test_a_store_that_is_gone_ends_the_waiting(monkeypatch):
-    """It went with a main process that had said its word; the collective tells what became of it."""
+    """It went with a main process that had said its word; the collective tells the rest."""
 
     class Gone:
         asked = 0
