@@ -80,7 +80,7 @@ class Training:
         return make_schedules(self.settings, self.plan)
 
     def batches(self, start_step: int) -> Generator[CropBatch, None, None]:
-        """This process's share of every batch from `start_step` on, its crops on the device."""
+        """This process's share of every batch from `start_step` on, to CUDA copied ahead."""
         data = self.settings.data
         made = crop_batches(
             self.dataset,

@@ -12,9 +12,9 @@ Batches = Generator[CropBatch, None, None]
 
 
 def ahead_on(device: torch.device, batches: Batches) -> Batches:
-    """`batches` with their crops on `device`, of a GPU one ahead of the one that is asked for.
+    """`batches`; on CUDA with their crops on `device`, one ahead of the one that is asked for.
 
-    Hundreds of megabytes take a GPU milliseconds, which it would otherwise spend between two steps.
+    A hundred megabytes take such a GPU milliseconds, which would otherwise pass between two steps.
     It holds two batches for it, and three while a new one is asked for. From pinned memory (else
     the host waits); what has been rendered on the device passes as it is. Closing this closes
     `batches`.

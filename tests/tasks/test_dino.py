@@ -228,6 +228,18 @@ def test_a_skipped_step_leaves_teacher_center_and_batch_norm(buffers):
         assert torch.equal(value, before[name]), name
 
 
+def test_features_that_are_not_finite_end_no_run():
+    """Not even where the step is measured, which takes singular values of them."""
+    task = make_task()
+    with torch.no_grad():
+        task.teacher.backbone.net.norm.bias.fill_(float("nan"))
+    before = copy.deepcopy(task.student.state_dict())
+    losses = train(task, [make_crops(4)] * 2, 1)
+    assert [loss != loss for loss in losses] == [True, True]
+    for name, value in task.student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_own_statistics_come_from_the_teachers_global_crops():
     """buffers=own: after one forward, running_mean = 0.1 * batch mean of the teacher's input."""
     task = make_task("own", "resnet18_cifar")
